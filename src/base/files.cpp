@@ -1,0 +1,109 @@
+#include "base/files.h"
+
+#include <fcntl.h>
+#include <glob.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <utility>
+
+#include "base/error.h"
+
+namespace kiln {
+namespace {
+
+/// Closes a descriptor when it leaves scope.
+struct Descriptor {
+  int value;
+  explicit Descriptor(int fd) : value(fd) {}
+  ~Descriptor() {
+    if (value >= 0) ::close(value);
+  }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+};
+
+ExitCode code_of(int error) { return error == ENOSPC || error == EDQUOT ? ExitCode::resource : ExitCode::data; }
+
+}  // namespace
+
+std::string read_text(const std::filesystem::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in || std::filesystem::is_directory(path))
+    fail(ExitCode::data, "{}: cannot be read ({}); check the path", path.string(), std::strerror(errno));
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+void write_text_atomic(const std::filesystem::path& path, std::string_view text) {
+  if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path());
+  const std::filesystem::path temporary = path.string() + ".tmp";
+  {
+    Descriptor file(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+    if (file.value < 0) fail(code_of(errno), "{}: cannot be written ({})", temporary.string(), std::strerror(errno));
+    while (!text.empty()) {
+      const ssize_t n = ::write(file.value, text.data(), text.size());
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0) fail(code_of(errno), "{}: writing failed ({})", temporary.string(), std::strerror(errno));
+      text.remove_prefix(static_cast<std::size_t>(n));
+    }
+    if (::fsync(file.value) != 0)
+      fail(code_of(errno), "{}: fsync failed ({})", temporary.string(), std::strerror(errno));
+  }
+  std::filesystem::rename(temporary, path);
+  sync_path(path.has_parent_path() ? path.parent_path() : std::filesystem::path("."));
+}
+
+void sync_path(const std::filesystem::path& path) {
+  Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (file.value < 0 || ::fsync(file.value) != 0)
+    fail(code_of(errno), "{}: fsync failed ({})", path.string(), std::strerror(errno));
+}
+
+std::vector<std::filesystem::path> expand_glob(const std::string& pattern) {
+  glob_t found{};
+  const int status = ::glob(pattern.c_str(), 0, nullptr, &found);
+  std::vector<std::filesystem::path> paths;
+  for (std::size_t i = 0; status == 0 && i < found.gl_pathc; ++i) paths.emplace_back(found.gl_pathv[i]);
+  ::globfree(&found);
+  if (paths.empty()) fail(ExitCode::data, "{}: no file matches; check the path or make the files first", pattern);
+  return paths;
+}
+
+std::string hash_bytes(std::span<const std::byte> bytes) {
+  return fmt::format("{:016x}", XXH3_64bits(bytes.data(), bytes.size()));
+}
+
+std::string hash_file(const std::filesystem::path& path) { return hash_bytes(MappedFile(path).bytes()); }
+
+MappedFile::MappedFile(const std::filesystem::path& path) {
+  Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  struct stat info {};
+  if (file.value < 0 || ::fstat(file.value, &info) != 0 || !S_ISREG(info.st_mode))
+    fail(ExitCode::data, "{}: cannot be opened ({}); check the path", path.string(),
+         file.value < 0 ? std::strerror(errno) : "not a regular file");
+  size_ = static_cast<std::size_t>(info.st_size);
+  if (size_ == 0) return;
+  void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.value, 0);
+  if (address == MAP_FAILED) fail(ExitCode::resource, "{}: mmap failed ({})", path.string(), std::strerror(errno));
+  data_ = static_cast<const std::byte*>(address);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+}  // namespace kiln

@@ -1,0 +1,45 @@
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kiln {
+
+/// A whole file as text; a data Error if it cannot be read.
+std::string read_text(const std::filesystem::path& path);
+
+/// Writes to `path` + ".tmp", fsyncs and renames, so that a reader sees the old file or the new one, never half.
+/// A resource Error (disk full) or data Error otherwise; the old file then still stands.
+void write_text_atomic(const std::filesystem::path& path, std::string_view text);
+
+/// fsync on a file or a directory (after a rename in it).
+void sync_path(const std::filesystem::path& path);
+
+/// Files that match a shell pattern (`*`, `?`, `[...]`), sorted; the path itself when it has no wildcard and exists.
+/// A data Error when nothing matches, naming the pattern.
+std::vector<std::filesystem::path> expand_glob(const std::string& pattern);
+
+/// XXH3 (64 bits) of a file's bytes as 16 hexadecimal digits, and of memory.
+std::string hash_file(const std::filesystem::path& path);
+std::string hash_bytes(std::span<const std::byte> bytes);
+
+/// Read-only memory map of a file, closed with the object. A data Error if it cannot be opened.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+
+ private:
+  const std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace kiln

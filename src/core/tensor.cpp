@@ -1,0 +1,51 @@
+#include "core/tensor.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace kiln {
+
+Shape::Shape(std::initializer_list<std::int64_t> sizes) : Shape(std::span(sizes.begin(), sizes.size())) {}
+
+Shape::Shape(std::span<const std::int64_t> sizes) : rank_(static_cast<int>(sizes.size())) {
+  check(sizes.size() <= kMaxRank, "a tensor has at most {} axes, found {}", kMaxRank, sizes.size());
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    check(sizes[i] >= 0, "axis {} has the negative size {}", i, sizes[i]);
+    sizes_[i] = sizes[i];
+  }
+}
+
+std::int64_t Shape::numel() const {
+  std::int64_t product = 1;
+  for (int i = 0; i < rank_; ++i) product *= sizes_[static_cast<std::size_t>(i)];
+  return product;
+}
+
+std::string Shape::str() const {
+  std::string text = "[";
+  for (int i = 0; i < rank_; ++i) text += (i == 0 ? "" : ",") + std::to_string((*this)[i]);
+  return text + "]";
+}
+
+Tensor Tensor::rows(std::int64_t first, std::int64_t count) const {
+  check(spec.shape.rank() >= 1 && first >= 0 && count >= 0 && first + count <= spec.shape[0],
+        "rows [{}, {}) of a tensor {}", first, first + count, spec.shape.str());
+  std::array<std::int64_t, Shape::kMaxRank> sizes{count};
+  for (int i = 1; i < spec.shape.rank(); ++i) sizes[static_cast<std::size_t>(i)] = spec.shape[i];
+  const Shape shape(std::span<const std::int64_t>(sizes.data(), static_cast<std::size_t>(spec.shape.rank())));
+  const std::int64_t row = spec.shape[0] == 0 ? 0 : spec.shape.numel() / spec.shape[0];
+  auto* begin = static_cast<std::byte*>(data) + static_cast<std::size_t>(first * row) * size_of(spec.dtype);
+  return {begin, {shape, spec.dtype}};
+}
+
+Buffer::Buffer(std::size_t bytes, std::string_view what) : size_(bytes) {
+  const std::size_t rounded = (bytes + 63) / 64 * 64;
+  if (rounded == 0) return;
+  data_.reset(static_cast<std::byte*>(std::aligned_alloc(64, rounded)));
+  if (!data_) fail(ExitCode::resource, "out of memory: {} of {} bytes; use a smaller model or micro-batch", what, bytes);
+  std::memset(data_.get(), 0, rounded);
+}
+
+void Buffer::Free::operator()(std::byte* p) const { std::free(p); }
+
+}  // namespace kiln

@@ -1,0 +1,22 @@
+#pragma once
+#include <vector>
+
+#include "graph/plan.h"
+
+namespace kiln {
+
+/// Where every arena value of a plan lives. Offsets are multiples of 256 bytes.
+struct Packing {
+  std::vector<std::size_t> value_offset;      // by value index; meaningless for external values
+  std::vector<std::size_t> workspace_offset;  // by node index
+  std::size_t arena_bytes = 0;                // exact peak, known before anything runs
+  std::size_t live_bytes = 0;                 // most bytes alive at one node: the lower bound of arena_bytes
+  std::size_t unpacked_bytes = 0;             // what it would take without reuse
+};
+
+/// Assigns offsets so that values alive at the same time never overlap, largest first.
+/// With `micro_batches` > 1 the micro phase repeats, so what it leaves for the update phase (parameter gradients) and
+/// kept values hold their bytes through all of it; with 1 a gradient's bytes are free outside [written, last read].
+Packing pack(const Plan& plan, int micro_batches);
+
+}  // namespace kiln

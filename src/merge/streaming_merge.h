@@ -1,0 +1,61 @@
+#pragma once
+#include <filesystem>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "core/dtype.h"
+#include "merge/weights.h"
+
+namespace kiln {
+
+/// The dtype of the merged tensors. fp32 by default: a bf16 merge loses a good part of what averaging gains.
+enum class MergeDtype { fp32, bf16, same };
+
+/// "fp32", "bf16", "same"; a usage Error lists what exists.
+MergeDtype parse_merge_dtype(std::string_view name);
+
+struct MergeOptions {
+  std::vector<std::filesystem::path> inputs;  // checkpoint directories
+  std::filesystem::path output;
+  WeightOptions weights;
+  MergeDtype dtype = MergeDtype::fp32;
+  bool verify = true;       // hashes by manifest; sizes are always checked
+  bool keep_order = false;  // the order given is oldest first, whatever the steps say
+  std::size_t chunk_elements = std::size_t{1} << 20;
+};
+
+/// One merged checkpoint, oldest first.
+struct MergedCheckpoint {
+  std::filesystem::path directory;
+  std::optional<std::int64_t> step, tokens;
+  double weight = 0.0;
+  /// Implied decay of the update that led to this checkpoint; nothing for the oldest, and for weights that are no
+  /// decay (see is_decay).
+  std::optional<double> decay;
+};
+
+struct MergeReport {
+  std::vector<MergedCheckpoint> checkpoints;
+  std::uint64_t tensors = 0, elements = 0;
+  std::uint64_t bytes_read = 0, bytes_written = 0;  // of tensors
+  double seconds = 0.0;
+};
+
+/// Writes the weighted average of checkpoints as one checkpoint: model.safetensors, config.json and tokenizer files of
+/// the newest, its state.json with `merged_from`, merge.json (inputs with hashes, steps and tokens; weights; implied
+/// decay) and a manifest.
+///
+/// Everything is verified before a byte is written (open_inputs). Tensors are then streamed in chunks: y = sum_i w_i
+/// x_i is accumulated in fp64, oldest first, and rounded once, to nearest even. Memory: one chunk of output, beside
+/// pages of the mapped inputs that the system may drop at will. Result independent of chunk size and threads.
+///
+/// error  usage: options, an output that exists and is no merge; data: inputs that are torn, mixed or not finite;
+///        resource: disk full. Nothing is left at `output` then, and an older merge there still stands.
+MergeReport merge_checkpoints(const MergeOptions& options);
+
+/// fp64 to storage with one rounding, to nearest even (through fp32 it would be two). Overflow gives infinity.
+bfloat16 round_to_bfloat16(double value);
+float16 round_to_float16(double value);
+
+}  // namespace kiln

@@ -1,0 +1,78 @@
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "graph/op.h"
+#include "graph/parameter.h"
+
+namespace kiln {
+
+enum class OptimizerKind { adamw, galore, fira };
+enum class FiraVariant { paper, reference };
+enum class ProjectorKind { power, svd };
+
+struct OptimizerOptions {
+  OptimizerKind kind = OptimizerKind::adamw;
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.0;
+  std::int64_t rank = 128;     // low-rank members
+  double alpha = 0.25;         // scale of the low-rank update
+  std::int64_t refresh = 200;  // steps between two projector refreshes
+  ProjectorKind projector = ProjectorKind::power;
+  FiraVariant variant = FiraVariant::paper;
+  double gamma = 1.01;     // norm-growth limiter
+  std::uint64_t seed = 1;  // cold start of the projector
+};
+
+/// One state tensor of one parameter: allocated, counted, saved, loaded and broadcast by the same list.
+struct StateSpec {
+  std::string name;  // "exp_avg", "exp_avg_sq", "projector", "limiter_norm"
+  TensorSpec spec;
+};
+
+/// What an update kernel sees of one parameter. All tensors are mutable; `w`, `g` and states are the parameter's own
+/// (already cut out of a fused storage). Scalars: step (from 1), lr, clip_scale (the factor on g).
+struct UpdateArgs {
+  Tensor w, g;
+  std::span<const Tensor> states;  // in the order of Optimizer::states
+  Tensor scalars;
+  Tensor workspace;
+};
+
+/// The node that updates one parameter in place. Inputs of the op: storage of w, storage of g, scalars, states...
+class UpdateOp : public Op {
+ public:
+  explicit UpdateOp(Parameter parameter) : parameter_(std::move(parameter)) {}
+  std::vector<TensorSpec> infer(std::span<const TensorSpec> in) const final;
+  std::vector<int> mutates() const final;
+  void run_cpu(const KernelArgs& args) const final;
+  const Parameter& parameter() const { return parameter_; }
+
+ protected:
+  /// W and its states after one step; the gradient may be used as scratch.
+  virtual void update(const UpdateArgs& args) const = 0;
+  virtual std::size_t state_count() const = 0;
+
+ private:
+  Parameter parameter_;
+};
+
+/// A member of the family: which states a parameter has, and the op that updates it.
+class Optimizer {
+ public:
+  virtual ~Optimizer() = default;
+  virtual std::string_view name() const = 0;
+  virtual std::vector<StateSpec> states(const Parameter& parameter) const = 0;
+  virtual OpPtr update_op(const Parameter& parameter) const = 0;
+
+  /// Bytes of all states of one parameter.
+  std::size_t state_bytes(const Parameter& parameter) const;
+};
+
+/// The factory: one line a member. A usage Error for options out of range.
+std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options);
+
+OptimizerKind parse_optimizer_kind(std::string_view name);
+std::string_view to_string(OptimizerKind kind);
+
+}  // namespace kiln
