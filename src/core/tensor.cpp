@@ -23,8 +23,8 @@ std::int64_t Shape::numel() const {
 
 std::string Shape::str() const {
   std::string text = "[";
-  for (int i = 0; i < rank_; ++i) text += (i == 0 ? "" : ",") + std::to_string((*this)[i]);
-  return text + "]";
+  for (int i = 0; i < rank_; ++i) text += fmt::format("{}{}", i == 0 ? "" : ",", (*this)[i]);
+  return text += "]";
 }
 
 Tensor Tensor::rows(std::int64_t first, std::int64_t count) const {

@@ -39,8 +39,7 @@ std::vector<ValueId> Plan::add(OpPtr op, std::vector<ValueId> in, const std::str
   }
   const std::vector<TensorSpec> specs = node.op->infer(input_specs(node));
   for (std::size_t i = 0; i < specs.size(); ++i) {
-    const std::string suffix = i == 0 ? "" : "." + std::to_string(i);
-    node.out.push_back(new_value({.name = name + suffix, .spec = specs[i], .needs_gradient = needs_gradient}));
+    node.out.push_back(new_value({.name = i == 0 ? name : fmt::format("{}.{}", name, i), .spec = specs[i], .needs_gradient = needs_gradient}));
   }
   nodes_.push_back(node);
   return node.out;
@@ -122,6 +121,13 @@ void GradientContext::set_grad_in(int i, ValueId gradient) {
     value.role = Role::gradient;
     plan_.parameter_gradients_[gradient] = in(i);
   }
+}
+
+void GradientContext::replace_grad_in(int i, ValueId gradient) {
+  check(plan_.value(in(i)).role != Role::parameter, "{}: a parameter's gradient is added to, not replaced",
+        plan_.value(in(i)).name);
+  plan_.gradients_.erase(in(i));
+  set_grad_in(i, gradient);
 }
 
 }  // namespace kiln

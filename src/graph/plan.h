@@ -95,6 +95,8 @@ class GradientContext {
   /// Declares the gradient of input i. A second contribution must be added by the op itself to grad_in(i): calling this
   /// when one exists is a usage Error.
   void set_grad_in(int i, ValueId gradient);
+  /// Declares a gradient of input i that already takes in grad_in(i).
+  void replace_grad_in(int i, ValueId gradient);
 
  private:
   Plan& plan_;

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cctype>
+#include <charconv>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -50,9 +50,7 @@ std::optional<std::int64_t> step_in_name(const std::string& name) {
   return std::nullopt;
 }
 
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  return fmt::format("[{}]", fmt::join(shape, ","));
-}
+std::string shape_text(const std::vector<std::int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ",")); }
 
 /// The tensors that the index promises must be in the shards that it names.
 void check_index(const fs::path& directory, const std::map<std::string, ModelTensors::Source>& tensors) {

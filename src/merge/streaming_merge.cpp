@@ -22,9 +22,15 @@ namespace fs = std::filesystem;
 constexpr std::size_t kBlock = 2048;
 
 // What transformers keeps beside the weights, and the SentencePiece model.
-constexpr std::array<const char*, 9> kCopiedFiles{
-    "tokenizer.model",    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json",     "merges.txt",            "generation_config.json"};
+constexpr std::array<const char*, 9> kCopiedFiles{"tokenizer.model",
+                                                  "tokenizer.json",
+                                                  "tokenizer_config.json",
+                                                  "special_tokens_map.json",
+                                                  "added_tokens.json",
+                                                  "chat_template.jinja",
+                                                  "vocab.json",
+                                                  "merges.txt",
+                                                  "generation_config.json"};
 
 /// fp64 to fp32, rounded to odd: a second rounding to 22 bits or fewer then equals one rounding of the fp64
 /// (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
@@ -38,9 +44,12 @@ float round_to_odd(double value) {
 
 template <typename T>
 T round_to(double value) {
-  if constexpr (std::is_same_v<T, bfloat16>) return round_to_bfloat16(value);
-  else if constexpr (std::is_same_v<T, float16>) return round_to_float16(value);
-  else return static_cast<T>(value);
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return round_to_bfloat16(value);
+  else if constexpr (std::is_same_v<T, float16>)
+    return round_to_float16(value);
+  else
+    return static_cast<T>(value);
 }
 
 bool is_finite(float value) { return std::isfinite(value); }
@@ -52,11 +61,16 @@ bool is_finite(float16 value) { return std::isfinite(to_float(value)); }
 template <typename F>
 decltype(auto) visit_storage(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32: return f.template operator()<float>();
-    case DType::f64: return f.template operator()<double>();
-    case DType::bf16: return f.template operator()<bfloat16>();
-    case DType::f16: return f.template operator()<float16>();
-    default: break;
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::bf16:
+      return f.template operator()<bfloat16>();
+    case DType::f16:
+      return f.template operator()<float16>();
+    default:
+      break;
   }
   fail(ExitCode::usage, "a merge cannot be written as {}; use fp32 or bf16", to_string(dtype));
 }
@@ -102,8 +116,7 @@ bool average_chunk(const Sources& sources, std::span<const double> weights, std:
     const auto bad = std::find_if(x.begin(), x.end(), [](double value) { return !std::isfinite(value); });
     if (bad == x.end()) continue;
     fail(ExitCode::data, "{}: tensor '{}' holds {} at element {}, and finite weights are expected; leave it out",
-         source.file->path().string(), source.entry->name, *bad,
-         first + static_cast<std::uint64_t>(bad - x.begin()));
+         source.file->path().string(), source.entry->name, *bad, first + static_cast<std::uint64_t>(bad - x.begin()));
   }
   fail(ExitCode::data, "the average of tensor '{}' overflows {} in elements {} to {}; choose a wider --dtype",
        sources.front().entry->name, to_string(out), first, first + count - 1);
@@ -111,9 +124,12 @@ bool average_chunk(const Sources& sources, std::span<const double> weights, std:
 
 DType output_dtype(MergeDtype wanted, DType input) {
   switch (wanted) {
-    case MergeDtype::fp32: return DType::f32;
-    case MergeDtype::bf16: return DType::bf16;
-    case MergeDtype::same: return input;
+    case MergeDtype::fp32:
+      return DType::f32;
+    case MergeDtype::bf16:
+      return DType::bf16;
+    case MergeDtype::same:
+      return input;
   }
   fail(ExitCode::usage, "unknown merge dtype {}", static_cast<int>(wanted));
 }
@@ -184,9 +200,8 @@ Json provenance(const std::vector<MergeInput>& inputs, const MergeOptions& optio
     const MergedCheckpoint& row = report.checkpoints[i];
     Json files = Json::array();
     for (const InputFile& file : inputs[i].files)
-      files.push_back({{"name", file.name},
-                       {"bytes", file.bytes},
-                       {"xxh3", file.hash.empty() ? Json(nullptr) : Json(file.hash)}});
+      files.push_back(
+          {{"name", file.name}, {"bytes", file.bytes}, {"xxh3", file.hash.empty() ? Json(nullptr) : Json(file.hash)}});
     json["checkpoints"].push_back({{"path", row.directory.string()},
                                    {"step", or_null(row.step)},
                                    {"tokens", or_null(row.tokens)},
@@ -199,8 +214,10 @@ Json provenance(const std::vector<MergeInput>& inputs, const MergeOptions& optio
 
 /// The newest by step, and of equals the last.
 const MergeInput& newest(const std::vector<MergeInput>& inputs) {
-  const auto older = [](const MergeInput& a, const MergeInput& b) { return a.step.value_or(-1) <= b.step.value_or(-1); };
-  return *std::max_element(inputs.begin(), inputs.end(), older);
+  const MergeInput* best = &inputs.front();
+  for (const MergeInput& input : inputs)
+    if (input.step.value_or(-1) >= best->step.value_or(-1)) best = &input;
+  return *best;
 }
 
 void write_side_files(CheckpointWriter& writer, const std::vector<MergeInput>& inputs, const MergeOptions& options,
@@ -227,8 +244,10 @@ fs::path checked_output(const MergeOptions& options, const std::vector<fs::path>
   check(!options.output.empty(), "no output directory; give --out DIR");
   const fs::path output = options.output.has_filename() ? options.output : options.output.parent_path();
   if (!fs::exists(output)) return output;
+  std::error_code missing;  // an input that does not exist is named by open_inputs
   for (const fs::path& input : inputs)
-    check(!fs::equivalent(output, input), "{}: is both input and output; choose another --out", output.string());
+    check(!fs::equivalent(output, input, missing), "{}: is both input and output; choose another --out",
+          output.string());
   check(fs::is_directory(output) && (fs::is_empty(output) || fs::exists(output / "merge.json")),
         "{}: exists and is no earlier merge; choose another --out or remove it", output.string());
   return output;
@@ -257,13 +276,15 @@ MergeDtype parse_merge_dtype(std::string_view name) {
 bfloat16 round_to_bfloat16(double value) { return to_bfloat16(round_to_odd(value)); }
 float16 round_to_float16(double value) { return to_float16(round_to_odd(value)); }
 
+OutOfOrder order_policy(const MergeOptions& options) {
+  if (options.keep_order) return OutOfOrder::keep;
+  return options.weights.method == MergeMethod::custom ? OutOfOrder::refuse : OutOfOrder::sort_and_warn;
+}
+
 MergeReport merge_checkpoints(const MergeOptions& options) {
   const auto start = std::chrono::steady_clock::now();
   check(options.chunk_elements > 0, "chunk_elements is 0; give 1 or more");
-  const OutOfOrder policy = options.keep_order                                ? OutOfOrder::keep
-                            : options.weights.method == MergeMethod::custom ? OutOfOrder::refuse
-                                                                              : OutOfOrder::sort_and_warn;
-  const std::vector<fs::path> directories = order_checkpoints(options.inputs, policy);
+  const std::vector<fs::path> directories = order_checkpoints(options.inputs, order_policy(options));
   const std::vector<double> weights = merge_weights(options.weights, directories.size());
   const fs::path output = checked_output(options, directories);
   const std::vector<MergeInput> inputs = open_inputs(directories, options.verify);

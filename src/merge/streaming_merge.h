@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "merge/inputs.h"
 #include "merge/weights.h"
 
 namespace kiln {
@@ -53,6 +54,9 @@ struct MergeReport {
 /// error  usage: options, an output that exists and is no merge; data: inputs that are torn, mixed or not finite;
 ///        resource: disk full. Nothing is left at `output` then, and an older merge there still stands.
 MergeReport merge_checkpoints(const MergeOptions& options);
+
+/// Sorting, unless the order is to be kept; but custom weights belong to the checkpoints in the order given.
+OutOfOrder order_policy(const MergeOptions& options);
 
 /// fp64 to storage with one rounding, to nearest even (through fp32 it would be two). Overflow gives infinity.
 bfloat16 round_to_bfloat16(double value);

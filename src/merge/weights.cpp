@@ -45,9 +45,12 @@ auto value_of(const Table& table, std::string_view name, std::string_view what) 
 
 double shape_at(DecayShape shape, double x) {
   switch (shape) {
-    case DecayShape::linear: return 1.0 - x;
-    case DecayShape::cosine: return 0.5 * (1.0 + std::cos(std::numbers::pi * x));
-    case DecayShape::one_minus_sqrt: return 1.0 - std::sqrt(x);
+    case DecayShape::linear:
+      return 1.0 - x;
+    case DecayShape::cosine:
+      return 0.5 * (1.0 + std::cos(std::numbers::pi * x));
+    case DecayShape::one_minus_sqrt:
+      return 1.0 - std::sqrt(x);
   }
   fail(ExitCode::usage, "unknown decay shape {}", static_cast<int>(shape));
 }
@@ -100,15 +103,20 @@ std::vector<double> merge_weights(const WeightOptions& options, std::size_t coun
   check(count > 0, "no checkpoint to merge; give at least one");
   std::vector<double> weights(count);
   switch (options.method) {
-    case MergeMethod::sma: std::fill(weights.begin(), weights.end(), 1.0 / static_cast<double>(count)); return weights;
+    case MergeMethod::sma:
+      std::fill(weights.begin(), weights.end(), 1.0 / static_cast<double>(count));
+      return weights;
     case MergeMethod::wma:
       std::iota(weights.begin(), weights.end(), 1.0);
       normalise(weights);
       return weights;
     case MergeMethod::ema:
-    case MergeMethod::ema_closed: return ema_weights(options, count);
-    case MergeMethod::schedule: return schedule_weights(options, count);
-    case MergeMethod::custom: return custom_weights(options, count);
+    case MergeMethod::ema_closed:
+      return ema_weights(options, count);
+    case MergeMethod::schedule:
+      return schedule_weights(options, count);
+    case MergeMethod::custom:
+      return custom_weights(options, count);
   }
   fail(ExitCode::usage, "unknown merge method {}", static_cast<int>(options.method));
 }

@@ -29,12 +29,12 @@ DecayShape parse_decay_shape(std::string_view name);
 
 struct WeightOptions {
   MergeMethod method = MergeMethod::sma;
-  double alpha = 0.1;                      // ema, ema_closed: (0, 1]
-  DecayShape shape = DecayShape::linear;   // schedule
-  double final_ratio = 0.0;                // schedule: [0, 1), where the decay ends
-  std::vector<double> decay = {};          // schedule: N - 1 factors instead of a shape
-  std::vector<double> custom = {};         // custom: N weights, oldest first
-  bool normalise = true;                   // ema_closed, custom: divide by the sum
+  double alpha = 0.1;                     // ema, ema_closed: (0, 1]
+  DecayShape shape = DecayShape::linear;  // schedule
+  double final_ratio = 0.0;               // schedule: [0, 1), where the decay ends
+  std::vector<double> decay = {};         // schedule: N - 1 factors instead of a shape
+  std::vector<double> custom = {};        // custom: N weights, oldest first
+  bool normalise = true;                  // ema_closed, custom: divide by the sum
 };
 
 /// The weights of `count` checkpoints, oldest first. They sum to 1 unless `normalise` is off.

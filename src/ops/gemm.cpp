@@ -7,6 +7,7 @@
 
 #include "core/parallel.h"
 #include "core/tensor.h"
+#include "ops/simd.h"
 
 // Blocked as in Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication": a [kc, NR] panel of packed
 // B stays in L1, an [mc, kc] block of A in L2, and a micro-kernel keeps an [MR, NR] tile of C in registers. A is read
@@ -14,29 +15,20 @@
 namespace kiln {
 namespace {
 
+using simd::kLanes;
+
 #if defined(__AVX512F__)
-constexpr std::size_t kVectorBytes = 64;
 constexpr int kTileRows = 12;  // 12 x 2 accumulators, 2 of B: 26 of 32 registers
 #elif defined(__AVX__)
-constexpr std::size_t kVectorBytes = 32;
 constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
 #else
-constexpr std::size_t kVectorBytes = 16;
 constexpr int kTileRows = 4;
 #endif
 
 template <typename T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
-
-template <typename T>
 struct Tile {
-  static constexpr int kLanes = static_cast<int>(kVectorBytes / sizeof(T));
   static constexpr int kRows = kTileRows;
-  static constexpr int kColumns = 2 * kLanes;
+  static constexpr int kColumns = 2 * kLanes<T>;
   static constexpr std::int64_t kDepth = 1536 / static_cast<std::int64_t>(sizeof(T));  // kc: a panel of B fits L1
   static constexpr std::int64_t kBlockRows = 40 * kRows;                               // mc: a block of A fits L2
   static constexpr std::int64_t kBlockColumns = 32 * kColumns;                         // nc
@@ -50,11 +42,10 @@ struct Strides {
 /// C[Rows, NR] (+)= alpha * A * B over `depth` terms; B is a packed panel [depth, NR].
 template <typename T, int Rows>
 void micro_kernel(std::int64_t depth, const T* a, Strides stride, const T* b, T alpha, T beta, T* c, std::int64_t ldc) {
-  using V = Vector<T>;
-  constexpr int kLanes = Tile<T>::kLanes;
+  using V = simd::Vector<T>;
   V sum[Rows][2] = {};
   for (std::int64_t k = 0; k < depth; ++k) {
-    const V b0 = *reinterpret_cast<const V*>(b), b1 = *reinterpret_cast<const V*>(b + kLanes);
+    const V b0 = simd::load(b), b1 = simd::load(b + kLanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const T x = a[i * stride.row];
@@ -66,14 +57,13 @@ void micro_kernel(std::int64_t depth, const T* a, Strides stride, const T* b, T 
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
-    V* out = reinterpret_cast<V*>(c + i * ldc);
-    V* next = reinterpret_cast<V*>(c + i * ldc + kLanes);
+    T* out = c + i * ldc;
     if (beta == T(0)) {
-      *out = alpha * sum[i][0];
-      *next = alpha * sum[i][1];
+      simd::store<T>(out, alpha * sum[i][0]);
+      simd::store<T>(out + kLanes<T>, alpha * sum[i][1]);
     } else {
-      *out = alpha * sum[i][0] + beta * *out;
-      *next = alpha * sum[i][1] + beta * *next;
+      simd::store<T>(out, alpha * sum[i][0] + beta * simd::load(out));
+      simd::store<T>(out + kLanes<T>, alpha * sum[i][1] + beta * simd::load(out + kLanes<T>));
     }
   }
 }
@@ -103,17 +93,21 @@ void pack_b(const GemmArgs<T>& g, std::int64_t k0, std::int64_t depth, std::int6
       }
       continue;
     }
-    // Transposed: blocks of 8 rows by 8 terms keep both the reads and the writes within a few cache lines.
+    // Transposed: whole blocks of kLanes x kLanes through registers, then the edges.
     const T* b = g.b + (n0 + j) * g.ldb + k0;
     std::int64_t c = 0;
-    for (; c + 8 <= width; c += 8) {
+    for (; c + kLanes<T> <= width; c += kLanes<T>) {
       std::int64_t k = 0;
-      for (; k + 8 <= depth; k += 8)
-        for (std::int64_t q = 0; q < 8; ++q)
-#pragma GCC unroll 8
-          for (std::int64_t p = 0; p < 8; ++p) out[(k + q) * kNr + c + p] = b[(c + p) * g.ldb + k + q];
+      for (; k + kLanes<T> <= depth; k += kLanes<T>) {
+        simd::Vector<T> block[kLanes<T>];
+#pragma GCC unroll 16
+        for (int p = 0; p < kLanes<T>; ++p) block[p] = simd::load(b + (c + p) * g.ldb + k);
+        simd::transpose<T>(block);
+#pragma GCC unroll 16
+        for (int p = 0; p < kLanes<T>; ++p) simd::store(out + (k + p) * kNr + c, block[p]);
+      }
       for (; k < depth; ++k)
-        for (std::int64_t p = 0; p < 8; ++p) out[k * kNr + c + p] = b[(c + p) * g.ldb + k];
+        for (std::int64_t p = 0; p < kLanes<T>; ++p) out[k * kNr + c + p] = b[(c + p) * g.ldb + k];
     }
     for (; c < width; ++c)
       for (std::int64_t k = 0; k < depth; ++k) out[k * kNr + c] = b[c * g.ldb + k];

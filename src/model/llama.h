@@ -1,0 +1,77 @@
+#pragma once
+#include <vector>
+
+#include "graph/parameter.h"
+#include "model/llama_config.h"
+
+namespace kiln {
+
+/// One tensor of weights as the kernels read it; it may hold several parameters, row block after row block.
+struct Storage {
+  std::string name;
+  TensorSpec spec;
+};
+
+/// Every weight of a model: storages as kernels read them, parameters as optimizers and checkpoints see them.
+/// Parameters are listed in the order of the layers, embedding first; a tied head does not appear.
+struct ParameterTable {
+  std::vector<Storage> storages;
+  std::vector<Parameter> parameters;
+
+  /// The part of its storage that a parameter is.
+  Tensor view(const Parameter& parameter, const Tensor& storage) const;
+};
+ParameterTable llama_parameters(const LlamaConfig& config, DType dtype);
+
+/// Memory of all storages.
+class ModelWeights {
+ public:
+  /// Zeroed.
+  ModelWeights(const LlamaConfig& config, DType dtype);
+  const LlamaConfig& config() const { return config_; }
+  const ParameterTable& table() const { return table_; }
+  Tensor storage(std::size_t index) const { return storages_[index].view(); }
+  Tensor view(const Parameter& parameter) const { return table_.view(parameter, storage(parameter.storage)); }
+  std::size_t bytes() const;
+
+ private:
+  LlamaConfig config_;
+  ParameterTable table_;
+  std::vector<HostTensor> storages_;
+};
+
+/// Linear weights and embedding ~ N(0, init_std), norms 1. Each draw is a function of (seed, name, index), so it does
+/// not depend on the order of creation, the number of threads or the layout of storages.
+void initialise(const ModelWeights& weights, std::uint64_t seed);
+
+/// The shape at which a plan is recorded.
+struct BatchShape {
+  std::int64_t sequences = 1, seq_len = 1;
+  std::int64_t tokens() const { return sequences * seq_len; }
+};
+
+enum class LlamaOutput {
+  losses,                // per token, forward only
+  losses_and_gradients,  // call plan.backward(losses) next
+  logits,                // [N,V]
+  last_logits,           // [1,V] of the last row, with a KV cache: generation
+};
+
+/// Values of a recorded model that the caller binds or reads.
+struct LlamaValues {
+  std::vector<ValueId> storages;  // as in the parameter table
+  ValueId tokens, targets;        // [N] i32; targets only for losses
+  ValueId first;                  // [1] i32: position of the first row
+  ValueId rope_table;             // [P,D]
+  ValueId scalars;
+  ValueId losses, logits;
+  std::vector<ValueId> keys, values;  // per layer [P,Hkv D], with LlamaOutput::last_logits
+};
+
+/// Records one forward pass into `plan`: embedding; per layer norm, fused QKV, RoPE, attention, output projection,
+/// residual + norm, fused gate/up, SwiGLU, down projection; final norm and head.
+/// `positions` is the length of the RoPE table and of the KV cache.
+LlamaValues record_llama(Plan& plan, const LlamaConfig& config, DType dtype, BatchShape batch, LlamaOutput output,
+                         std::int64_t positions);
+
+}  // namespace kiln
