@@ -8,31 +8,45 @@ namespace kiln {
 std::size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::i8:
-    case DType::u8: return 1;
+    case DType::u8:
+      return 1;
     case DType::bf16:
     case DType::f16:
-    case DType::u16: return 2;
+    case DType::u16:
+      return 2;
     case DType::f32:
     case DType::i32:
-    case DType::u32: return 4;
+    case DType::u32:
+      return 4;
     case DType::f64:
-    case DType::i64: return 8;
+    case DType::i64:
+      return 8;
   }
   fail(ExitCode::usage, "unknown dtype {}", static_cast<int>(dtype));
 }
 
 std::string_view to_string(DType dtype) {
   switch (dtype) {
-    case DType::f32: return "f32";
-    case DType::f64: return "f64";
-    case DType::bf16: return "bf16";
-    case DType::f16: return "f16";
-    case DType::i8: return "i8";
-    case DType::u8: return "u8";
-    case DType::u16: return "u16";
-    case DType::i32: return "i32";
-    case DType::u32: return "u32";
-    case DType::i64: return "i64";
+    case DType::f32:
+      return "f32";
+    case DType::f64:
+      return "f64";
+    case DType::bf16:
+      return "bf16";
+    case DType::f16:
+      return "f16";
+    case DType::i8:
+      return "i8";
+    case DType::u8:
+      return "u8";
+    case DType::u16:
+      return "u16";
+    case DType::i32:
+      return "i32";
+    case DType::u32:
+      return "u32";
+    case DType::i64:
+      return "i64";
   }
   return "unknown";
 }

@@ -42,7 +42,8 @@ Buffer::Buffer(std::size_t bytes, std::string_view what) : size_(bytes) {
   const std::size_t rounded = (bytes + 63) / 64 * 64;
   if (rounded == 0) return;
   data_.reset(static_cast<std::byte*>(std::aligned_alloc(64, rounded)));
-  if (!data_) fail(ExitCode::resource, "out of memory: {} of {} bytes; use a smaller model or micro-batch", what, bytes);
+  if (!data_)
+    fail(ExitCode::resource, "out of memory: {} of {} bytes; use a smaller model or micro-batch", what, bytes);
   std::memset(data_.get(), 0, rounded);
 }
 

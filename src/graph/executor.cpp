@@ -58,8 +58,7 @@ void Executor::run(Phase phase, bool accumulate) {
                       .workspace = bound.workspace,
                       .accumulate = accumulate && bound.accumulates,
                       .stream = nullptr});
-    if (profiling_)
-      seconds_[n] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    if (profiling_) seconds_[n] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   }
 }
 

@@ -10,12 +10,12 @@ namespace kiln {
 /// One weight as optimizers and checkpoints see it: rows [row_begin, row_begin + shape[0]) of a storage value, so that
 /// q, k and v are three parameters in one fused [3C, C] storage, each still contiguous.
 struct Parameter {
-  std::string name;             // Hugging Face name: "model.layers.0.self_attn.q_proj.weight"
-  Shape shape;                  // [out, in] or [C]
-  std::size_t storage = 0;      // index into the model's list of storages
-  std::int64_t row_begin = 0;   // first row of this parameter in its storage
-  bool decay = false;           // decoupled weight decay applies
-  bool low_rank = false;        // a linear weight of a layer: low-rank optimizers project its gradient
+  std::string name;            // Hugging Face name: "model.layers.0.self_attn.q_proj.weight"
+  Shape shape;                 // [out, in] or [C]
+  std::size_t storage = 0;     // index into the model's list of storages
+  std::int64_t row_begin = 0;  // first row of this parameter in its storage
+  bool decay = false;          // decoupled weight decay applies
+  bool low_rank = false;       // a linear weight of a layer: low-rank optimizers project its gradient
 };
 
 /// Step scalars, one f64 tensor [kScalarCount] read and written by nodes, so that a captured step needs no host value.

@@ -4,12 +4,18 @@ namespace kiln {
 
 std::string_view to_string(Role role) {
   switch (role) {
-    case Role::parameter: return "parameters";
-    case Role::gradient: return "gradients";
-    case Role::state: return "states";
-    case Role::activation: return "activations";
-    case Role::workspace: return "workspace";
-    case Role::input: return "inputs";
+    case Role::parameter:
+      return "parameters";
+    case Role::gradient:
+      return "gradients";
+    case Role::state:
+      return "states";
+    case Role::activation:
+      return "activations";
+    case Role::workspace:
+      return "workspace";
+    case Role::input:
+      return "inputs";
   }
   return "unknown";
 }
@@ -39,7 +45,8 @@ std::vector<ValueId> Plan::add(OpPtr op, std::vector<ValueId> in, const std::str
   }
   const std::vector<TensorSpec> specs = node.op->infer(input_specs(node));
   for (std::size_t i = 0; i < specs.size(); ++i) {
-    node.out.push_back(new_value({.name = i == 0 ? name : fmt::format("{}.{}", name, i), .spec = specs[i], .needs_gradient = needs_gradient}));
+    node.out.push_back(new_value(
+        {.name = i == 0 ? name : fmt::format("{}.{}", name, i), .spec = specs[i], .needs_gradient = needs_gradient}));
   }
   nodes_.push_back(node);
   return node.out;

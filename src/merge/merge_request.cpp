@@ -166,6 +166,7 @@ MergeOptions resolve_merge(const MergeRequest& request) {
   for (const std::string& pattern : request.checkpoints)
     for (const std::filesystem::path& path : expand_glob(pattern)) paths.push_back(path);
   const auto ordered = order_checkpoints(expand_checkpoints(paths), order_policy(options));
+  options.keep_order = true;  // it is settled here, with at most one warning
   options.inputs = select_checkpoints(ordered, request.last, request.every);
   return options;
 }

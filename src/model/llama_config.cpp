@@ -46,7 +46,8 @@ void refuse_unsupported(const Json& json, std::string_view file) {
   if (get_or<std::string>(json, "hidden_act", file, "silu") != "silu") refuse("hidden_act other than silu");
   if (json.contains("rope_scaling") && json["rope_scaling"].is_object()) {
     const Json& scaling = json["rope_scaling"];
-    const auto type = get_or<std::string>(scaling, "rope_type", file, get_or<std::string>(scaling, "type", file, "default"));
+    const auto type =
+        get_or<std::string>(scaling, "rope_type", file, get_or<std::string>(scaling, "type", file, "default"));
     if (type != "default") refuse(fmt::format("rope_scaling of type '{}'", type));
   }
 }

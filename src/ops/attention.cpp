@@ -133,7 +133,8 @@ std::size_t Attention::workspace_bytes(std::span<const TensorSpec> in) const {
 }
 
 Cost Attention::cost(std::span<const TensorSpec> in) const {
-  return {4.0 * static_cast<double>(shape_.head_dim) * causal_pairs(shape_, in[0]), 2.0 * static_cast<double>(in[0].bytes())};
+  return {4.0 * static_cast<double>(shape_.head_dim) * causal_pairs(shape_, in[0]),
+          2.0 * static_cast<double>(in[0].bytes())};
 }
 
 void Attention::run_cpu(const KernelArgs& args) const {
@@ -151,11 +152,12 @@ void Attention::run_cpu(const KernelArgs& args) const {
       for (std::int64_t job = jobs * first_slot / slots; job < jobs * last_slot / slots; ++job) {
         const std::int64_t row = job / s.heads * s.seq_len, h = job % s.heads, kv = h / (s.heads / s.kv_heads);
         const T* base = qkv + row * stride;
-        const HeadView<T> head{base + s.query_column(h), base + s.key_column(kv), base + s.value_column(kv), stride,
-                               stride,                   s.head_dim,              attention_scale<T>(s)};
+        const HeadView<T> head{
+            base + s.query_column(h), base + s.key_column(kv), base + s.value_column(kv), stride, stride, s.head_dim,
+            attention_scale<T>(s)};
         for (std::int64_t q = 0; q < s.seq_len; q += kQueryTile)
-          attend_tile(head, q, q, std::min(kQueryTile, s.seq_len - q), scores,
-                      out + (row + q) * width + h * s.head_dim, width, lse + (row + q) * s.heads + h, s.heads);
+          attend_tile(head, q, q, std::min(kQueryTile, s.seq_len - q), scores, out + (row + q) * width + h * s.head_dim,
+                      width, lse + (row + q) * s.heads + h, s.heads);
       }
     });
   });
@@ -197,8 +199,16 @@ struct TileGradient {
   void run() const {
     const std::int64_t keys = first + rows, dim = head.dim;
     const T* q = head.q + first * head.q_stride;
-    const GemmArgs<T> scores{.trans_b = Trans::yes, .m = rows, .n = keys, .k = dim, .a = q, .lda = head.q_stride,
-                             .b = head.k, .ldb = head.kv_stride, .c = p, .ldc = keys};
+    const GemmArgs<T> scores{.trans_b = Trans::yes,
+                             .m = rows,
+                             .n = keys,
+                             .k = dim,
+                             .a = q,
+                             .lda = head.q_stride,
+                             .b = head.k,
+                             .ldb = head.kv_stride,
+                             .c = p,
+                             .ldc = keys};
     gemm_single<T>(scores);
     GemmArgs<T> upstream = scores;
     upstream.a = dout;
@@ -208,12 +218,37 @@ struct TileGradient {
     gemm_single<T>(upstream);
     for (std::int64_t i = 0; i < rows; ++i) softmax_gradient_row(i, keys);
     // dV += P' dO, dQ = dS K, dK += dS' Q
-    gemm_single<T>({.trans_a = Trans::yes, .m = keys, .n = dim, .k = rows, .a = p, .lda = keys, .b = dout,
-                    .ldb = out_stride, .c = dv, .ldc = head.kv_stride, .beta = 1});
-    gemm_single<T>({.m = rows, .n = dim, .k = keys, .a = dp, .lda = keys, .b = head.k, .ldb = head.kv_stride,
-                    .c = dq, .ldc = head.q_stride});
-    gemm_single<T>({.trans_a = Trans::yes, .m = keys, .n = dim, .k = rows, .a = dp, .lda = keys, .b = q,
-                    .ldb = head.q_stride, .c = dk, .ldc = head.kv_stride, .beta = 1});
+    gemm_single<T>({.trans_a = Trans::yes,
+                    .m = keys,
+                    .n = dim,
+                    .k = rows,
+                    .a = p,
+                    .lda = keys,
+                    .b = dout,
+                    .ldb = out_stride,
+                    .c = dv,
+                    .ldc = head.kv_stride,
+                    .beta = 1});
+    gemm_single<T>({.m = rows,
+                    .n = dim,
+                    .k = keys,
+                    .a = dp,
+                    .lda = keys,
+                    .b = head.k,
+                    .ldb = head.kv_stride,
+                    .c = dq,
+                    .ldc = head.q_stride});
+    gemm_single<T>({.trans_a = Trans::yes,
+                    .m = keys,
+                    .n = dim,
+                    .k = rows,
+                    .a = dp,
+                    .lda = keys,
+                    .b = q,
+                    .ldb = head.q_stride,
+                    .c = dk,
+                    .ldc = head.kv_stride,
+                    .beta = 1});
   }
 
   /// p <- softmax row, dp <- scale * p * (dp - <o, do>), both zero past the diagonal.
@@ -254,8 +289,9 @@ void AttentionGradient::run_cpu(const KernelArgs& args) const {
           std::fill_n(dbase + t * stride + s.value_column(kv), s.head_dim, T(0));
         }
         for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-          const HeadView<T> head{base + s.query_column(h), base + s.key_column(kv), base + s.value_column(kv), stride,
-                                 stride,                   s.head_dim,              attention_scale<T>(s)};
+          const HeadView<T> head{
+              base + s.query_column(h), base + s.key_column(kv), base + s.value_column(kv), stride, stride, s.head_dim,
+              attention_scale<T>(s)};
           for (std::int64_t q = 0; q < s.seq_len; q += kQueryTile) {
             const std::int64_t at = (row + q) * width + h * s.head_dim;
             TileGradient<T>{.head = head,
@@ -311,8 +347,9 @@ void CachedAttention::run_cpu(const KernelArgs& args) const {
       T* scores = static_cast<T*>(args.workspace.data) + first_slot * kQueryTile * capacity;
       for (std::int64_t h = s.heads * first_slot / slots; h < s.heads * last_slot / slots; ++h) {
         const std::int64_t kv = h / (s.heads / s.kv_heads);
-        const HeadView<T> head{qkv + s.query_column(h), keys + kv * s.head_dim, values + kv * s.head_dim, stride,
-                               kv_width,                s.head_dim,             attention_scale<T>(s)};
+        const HeadView<T> head{
+            qkv + s.query_column(h), keys + kv * s.head_dim, values + kv * s.head_dim, stride, kv_width, s.head_dim,
+            attention_scale<T>(s)};
         for (std::int64_t q = 0; q < n; q += kQueryTile)
           attend_tile<T>(head, q, first + q, std::min(kQueryTile, n - q), scores,
                          args.out[0].as<T>() + q * width + h * s.head_dim, width, nullptr, 0);

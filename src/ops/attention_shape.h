@@ -3,7 +3,8 @@
 
 namespace kiln {
 
-/// How the columns of a fused projection [N, (H + 2 Hkv) D] are laid out: H query heads, Hkv key heads, Hkv value heads.
+/// How the columns of a fused projection [N, (H + 2 Hkv) D] are laid out: H query heads, Hkv key heads, Hkv value
+/// heads.
 struct AttentionShape {
   std::int64_t heads = 1, kv_heads = 1, head_dim = 1;
   std::int64_t seq_len = 1;  // T: rows n of sequence n / T, position n % T

@@ -71,8 +71,13 @@ void Classifier::gradient(GradientContext& context) const {
   if (context.needs_gradient(1)) context.set_grad_in(1, context.out(2));
 }
 
+std::int64_t Classifier::chunk_tokens(std::int64_t width) const {
+  if (options_.chunk_tokens > 0) return options_.chunk_tokens;
+  return width < 256 ? 96 : 252;
+}
+
 std::size_t Classifier::workspace_bytes(std::span<const TensorSpec> in) const {
-  const std::int64_t rows = std::min(options_.chunk_tokens, in[0].shape[0]);
+  const std::int64_t rows = std::min(chunk_tokens(in[0].shape[1]), in[0].shape[0]);
   return static_cast<std::size_t>(rows * in[1].shape[0]) * size_of(in[0].dtype);
 }
 
@@ -84,28 +89,53 @@ Cost Classifier::cost(std::span<const TensorSpec> in) const {
 
 void Classifier::run_cpu(const KernelArgs& args) const {
   const std::int64_t n = args.in[0].shape()[0], width = args.in[0].shape()[1], vocab = args.in[1].shape()[0];
+  const std::int64_t chunk = chunk_tokens(width);
   const std::int32_t* targets = args.in[2].as<std::int32_t>();
   visit_real(args.in[0].dtype(), [&]<typename T>() {
     const T* w = args.in[1].as<T>();
     T* losses = args.out[0].as<T>();
     T* logits = static_cast<T*>(args.workspace.data);
     const T scale = static_cast<T>(scalar(args.in[3], Scalar::loss_scale));
-    for (std::int64_t first = 0; first < n; first += options_.chunk_tokens) {
-      const std::int64_t rows = std::min(options_.chunk_tokens, n - first);
+    for (std::int64_t first = 0; first < n; first += chunk) {
+      const std::int64_t rows = std::min(chunk, n - first);
       const T* x = args.in[0].as<T>() + first * width;
-      gemm<T>({.trans_b = Trans::yes, .m = rows, .n = vocab, .k = width, .a = x, .lda = width, .b = w, .ldb = width,
-               .c = logits, .ldc = vocab});
+      gemm<T>({.trans_b = Trans::yes,
+               .m = rows,
+               .n = vocab,
+               .k = width,
+               .a = x,
+               .lda = width,
+               .b = w,
+               .ldb = width,
+               .c = logits,
+               .ldc = vocab});
       parallel_for(rows, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i)
           losses[first + i] =
               cross_entropy_row(logits + i * vocab, vocab, targets[first + i], options_.gradient, scale);
       });
       if (!options_.gradient) continue;
-      gemm<T>({.m = rows, .n = width, .k = vocab, .a = logits, .lda = vocab, .b = w, .ldb = width,
-               .c = args.out[1].as<T>() + first * width, .ldc = width});
+      gemm<T>({.m = rows,
+               .n = width,
+               .k = vocab,
+               .a = logits,
+               .lda = vocab,
+               .b = w,
+               .ldb = width,
+               .c = args.out[1].as<T>() + first * width,
+               .ldc = width});
       const bool accumulate = args.accumulate || first > 0;
-      gemm<T>({.trans_a = Trans::yes, .m = vocab, .n = width, .k = rows, .a = logits, .lda = vocab, .b = x,
-               .ldb = width, .c = args.out[2].as<T>(), .ldc = width, .beta = accumulate ? T(1) : T(0)});
+      gemm<T>({.trans_a = Trans::yes,
+               .m = vocab,
+               .n = width,
+               .k = rows,
+               .a = logits,
+               .lda = vocab,
+               .b = x,
+               .ldb = width,
+               .c = args.out[2].as<T>(),
+               .ldc = width,
+               .beta = accumulate ? T(1) : T(0)});
     }
   });
 }

@@ -9,9 +9,10 @@
 #include "core/tensor.h"
 #include "ops/simd.h"
 
-// Blocked as in Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication": a [kc, NR] panel of packed
-// B stays in L1, an [mc, kc] block of A in L2, and a micro-kernel keeps an [MR, NR] tile of C in registers. A is read
-// where it lies when its rows run along k, so only the transposed case pays for packing it.
+// Blocked as in Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication", with the two inner loops
+// exchanged: a [kc, nc] block of packed B stays in L2, MR rows of A in L1, and a micro-kernel keeps an [MR, NR] tile of
+// C in registers while it walks along C's rows. A is read where it lies when its rows run along k, so only the
+// transposed case pays for packing it.
 namespace kiln {
 namespace {
 
@@ -29,9 +30,9 @@ template <typename T>
 struct Tile {
   static constexpr int kRows = kTileRows;
   static constexpr int kColumns = 2 * kLanes<T>;
-  static constexpr std::int64_t kDepth = 1536 / static_cast<std::int64_t>(sizeof(T));  // kc: a panel of B fits L1
-  static constexpr std::int64_t kBlockRows = 40 * kRows;                               // mc: a block of A fits L2
-  static constexpr std::int64_t kBlockColumns = 32 * kColumns;                         // nc
+  static constexpr std::int64_t kDepth = 1536 / static_cast<std::int64_t>(sizeof(T));  // kc
+  static constexpr std::int64_t kBlockRows = 40 * kRows;                               // mc, for packed A
+  static constexpr std::int64_t kBlockColumns = 24 * kColumns;  // nc: 1.2 MB of B in L2 with AVX-512
 };
 
 /// Strides of A as the micro-kernel reads it: element (i, k) at a[i * row + k * depth].
@@ -137,38 +138,32 @@ void pack_a(const GemmArgs<T>& g, std::int64_t k0, std::int64_t depth, std::int6
 /// Packed panels of one thread, allocated at its first call.
 template <typename T>
 struct Scratch {
-  Buffer a{static_cast<std::size_t>(Tile<T>::kBlockRows* Tile<T>::kDepth) * sizeof(T), "GEMM panels"};
-  Buffer b{static_cast<std::size_t>(Tile<T>::kBlockColumns* Tile<T>::kDepth) * sizeof(T), "GEMM panels"};
+  Buffer a{static_cast<std::size_t>(Tile<T>::kBlockRows * Tile<T>::kDepth) * sizeof(T), "GEMM panels"};
+  Buffer b{static_cast<std::size_t>(Tile<T>::kBlockColumns * Tile<T>::kDepth) * sizeof(T), "GEMM panels"};
 };
 
-/// One tile row by row: full-width tiles write C directly, the last columns go through a small tile.
+/// One row of tiles: A's `rows` <= MR rows against every panel of the packed block. C is written along its rows, so
+/// that its lines stream; full-width tiles go straight to C, the last columns through a small tile.
 template <typename T>
-void multiply_panel(const GemmArgs<T>& g, std::int64_t depth, const T* a, Strides stride, std::int64_t panel_step,
-                    const T* b, T beta, T* c, std::int64_t rows, std::int64_t width) {
-  constexpr std::int64_t kMr = Tile<T>::kRows, kNr = Tile<T>::kColumns;
-  for (std::int64_t i = 0; i < rows; i += kMr) {
-    const std::int64_t height = std::min(kMr, rows - i);
-    const Kernel<T> kernel = kKernels<T>[static_cast<std::size_t>(height - 1)];
-    const T* a_tile = a + i / kMr * panel_step;
-    T* c_tile = c + i * g.ldc;
-    if (width == kNr) {
-      kernel(depth, a_tile, stride, b, g.alpha, beta, c_tile, g.ldc);
-      continue;
-    }
-    alignas(64) T tile[kMr * kNr];
-    kernel(depth, a_tile, stride, b, g.alpha, T(0), tile, kNr);
-    for (std::int64_t r = 0; r < height; ++r)
-      for (std::int64_t j = 0; j < width; ++j)
-        c_tile[r * g.ldc + j] = tile[r * kNr + j] + (beta == T(0) ? T(0) : beta * c_tile[r * g.ldc + j]);
-  }
+void multiply_row(const GemmArgs<T>& g, std::int64_t depth, const T* a, Strides stride, const T* packed_b, T beta, T* c,
+                  std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t kNr = Tile<T>::kColumns;
+  const Kernel<T> kernel = kKernels<T>[static_cast<std::size_t>(rows - 1)];
+  std::int64_t j = 0;
+  for (; j + kNr <= columns; j += kNr) kernel(depth, a, stride, packed_b + j * depth, g.alpha, beta, c + j, g.ldc);
+  if (j == columns) return;
+  alignas(64) T tile[Tile<T>::kRows * kNr];
+  kernel(depth, a, stride, packed_b + j * depth, g.alpha, T(0), tile, kNr);
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t k = j; k < columns; ++k)
+      c[i * g.ldc + k] = tile[i * kNr + k - j] + (beta == T(0) ? T(0) : beta * c[i * g.ldc + k]);
 }
 
 /// C *= beta, for an empty sum.
 template <typename T>
 void scale_only(const GemmArgs<T>& g) {
   for (std::int64_t i = 0; i < g.m; ++i)
-    for (std::int64_t j = 0; j < g.n; ++j)
-      g.c[i * g.ldc + j] = g.beta == T(0) ? T(0) : g.beta * g.c[i * g.ldc + j];
+    for (std::int64_t j = 0; j < g.n; ++j) g.c[i * g.ldc + j] = g.beta == T(0) ? T(0) : g.beta * g.c[i * g.ldc + j];
 }
 
 /// Rows and columns of C that one thread computes.
@@ -219,9 +214,9 @@ void gemm_single(const GemmArgs<T>& g) {
         const T* a = in_place ? g.a + m0 * g.lda + k0 : packed_a;
         const Strides stride = in_place ? Strides{g.lda, 1} : Strides{1, Sizes::kRows};
         const std::int64_t panel_step = in_place ? Sizes::kRows * g.lda : Sizes::kRows * depth;
-        for (std::int64_t j = 0; j < columns; j += Sizes::kColumns)
-          multiply_panel(g, depth, a, stride, panel_step, packed_b + j * depth, beta, g.c + m0 * g.ldc + n0 + j, rows,
-                         std::min<std::int64_t>(Sizes::kColumns, columns - j));
+        for (std::int64_t i = 0; i < rows; i += Sizes::kRows)
+          multiply_row(g, depth, a + i / Sizes::kRows * panel_step, stride, packed_b, beta, g.c + (m0 + i) * g.ldc + n0,
+                       std::min<std::int64_t>(Sizes::kRows, rows - i), columns);
       }
     }
   }

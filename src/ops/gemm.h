@@ -20,8 +20,8 @@ struct GemmArgs {
   T alpha = 1, beta = 0;
 };
 
-/// Threaded over C with parallel_for; the split and the order of sums over k depend on the sizes alone, so the result is
-/// bitwise the same for any number of threads. No allocation after the first call of a thread. T = float or double.
+/// Threaded over C with parallel_for; the split and the order of sums over k depend on the sizes alone, so the result
+/// is bitwise the same for any number of threads. No allocation after the first call of a thread. T = float or double.
 template <typename T>
 void gemm(const GemmArgs<T>& args);
 

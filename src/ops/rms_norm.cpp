@@ -50,8 +50,10 @@ void RmsNorm::gradient(GradientContext& context) const {
   if (arriving.valid()) inputs.push_back(arriving);
   const auto out = context.add(std::make_shared<RmsNormGradient>(), inputs, "norm.dx");
   if (context.needs_gradient(0)) {
-    if (options_.residual) context.set_grad_in(0, out[0]);
-    else context.replace_grad_in(0, out[0]);
+    if (options_.residual)
+      context.set_grad_in(0, out[0]);
+    else
+      context.replace_grad_in(0, out[0]);
   }
   if (options_.residual && context.needs_gradient(2)) context.set_grad_in(2, out[0]);
   if (context.needs_gradient(1)) context.set_grad_in(1, out[1]);
@@ -131,8 +133,7 @@ void RmsNormGradient::run_cpu(const KernelArgs& args) const {
           if (arriving == nullptr)
             for (std::int64_t c = 0; c < width; ++c) out[c] = out[c] * scale - row[c] * mean;
           else
-            for (std::int64_t c = 0; c < width; ++c)
-              out[c] = out[c] * scale - row[c] * mean + arriving[i * width + c];
+            for (std::int64_t c = 0; c < width; ++c) out[c] = out[c] * scale - row[c] * mean + arriving[i * width + c];
         }
       }
     });

@@ -24,13 +24,13 @@ std::vector<TensorSpec> Rope::infer(std::span<const TensorSpec> in) const {
 }
 
 void Rope::gradient(GradientContext& context) const {
-  context.add(std::make_shared<Rope>(shape_, Direction::inverse),
-              {context.grad_in(0), context.in(1), context.in(2)}, "rope.dx");
+  context.add(std::make_shared<Rope>(shape_, Direction::inverse), {context.grad_in(0), context.in(1), context.in(2)},
+              "rope.dx");
 }
 
 Cost Rope::cost(std::span<const TensorSpec> in) const {
-  const double share = static_cast<double>(shape_.heads + shape_.kv_heads) /
-                       static_cast<double>(shape_.heads + 2 * shape_.kv_heads);
+  const double share =
+      static_cast<double>(shape_.heads + shape_.kv_heads) / static_cast<double>(shape_.heads + 2 * shape_.kv_heads);
   const double n = share * static_cast<double>(in[0].shape.numel());
   return {3.0 * n, 2.0 * n * static_cast<double>(size_of(in[0].dtype))};
 }

@@ -22,8 +22,10 @@ simd::Vector<T> load_lanes(const T* p, std::int64_t lanes) {
 
 template <typename T>
 void store_lanes(T* p, std::int64_t lanes, simd::Vector<T> v) {
-  if (lanes == simd::kLanes<T>) simd::store<T>(p, v);
-  else simd::store_partial<T>(p, lanes, v);
+  if (lanes == simd::kLanes<T>)
+    simd::store<T>(p, v);
+  else
+    simd::store_partial<T>(p, lanes, v);
 }
 
 template <typename T>

@@ -10,12 +10,14 @@
 #include <numeric>
 #include <string_view>
 
+#include "base/error.h"
 #include "base/text.h"
 
 namespace kiln {
 namespace {
 
-constexpr double kTiny = 1e-9;  // of a step: rounding of a tick's position
+constexpr double kLargest = 1e100;  // beyond it (on a log axis also below its inverse) a value does not widen an axis
+constexpr double kTiny = 1e-9;      // of a step: rounding of a tick's position
 
 /// The smallest of 1, 2, 5 times a power of ten that divides `span` into at most `count` steps.
 double nice_step(double span, int count) {
@@ -111,9 +113,12 @@ double AxisRange::position(double value) const {
 
 AxisRange fit_range(const Axis& axis, const std::vector<double>& values, double padding) {
   const bool log = axis.scale == Scale::log;
+  check(!log || (axis.min.value_or(1) > 0 && axis.max.value_or(1) > 0),
+        "axis \"{}\": limits {} and {} on a log scale; give positive ones", axis.label, axis.min.value_or(1),
+        axis.max.value_or(1));
   double low = std::numeric_limits<double>::infinity(), high = -low;
   for (const double value : values) {
-    if (!std::isfinite(value) || (log && value <= 0)) continue;
+    if (!(std::abs(value) < kLargest) || (log && value < 1 / kLargest)) continue;
     low = std::min(low, value);
     high = std::max(high, value);
   }
@@ -149,7 +154,8 @@ std::string value_label(double value, Unit unit) {
   const double shown = value / notation.divisor;
   if (notation.divisor > 1) return fmt::format("{:.3g}{}", shown, notation.suffix);
   if (notation.divisor < 1) return fmt::format("{:.2g}{}", shown, notation.suffix);
-  return fmt::format("{:.4g}", value);
+  if (std::abs(value) < 1) return fmt::format("{:.4g}", value);
+  return fmt::format("{:.{}f}", value, 3 - static_cast<int>(std::floor(std::log10(std::abs(value)))));
 }
 
 std::vector<double> spread(const std::vector<double>& wanted, double gap, double low, double high) {

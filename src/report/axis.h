@@ -9,7 +9,7 @@ enum class Scale { linear, log };
 enum class Unit { number, bytes };
 
 struct Axis {
-  std::string label;  ///< with its unit: "Loss (nats)"
+  std::string label{};  ///< with its unit: "Loss (nats)"
   Scale scale = Scale::linear;
   Unit unit = Unit::number;     ///< how ticks are written: "20M", or "1.5 GiB"
   bool include_zero = false;    ///< linear only
@@ -28,12 +28,13 @@ struct AxisRange {
 };
 
 /// The range that shows the finite (on a log axis: positive) values, widened by the share `padding` on the sides that
-/// `axis` does not give. No values: [0, 1], or [1, 10] on a log axis.
+/// `axis` does not give. No values: [0, 1], or [1, 10] on a log axis. A usage Error for a limit that
+/// is not positive on a log axis.
 AxisRange fit_range(const Axis& axis, const std::vector<double>& values, double padding);
 
 struct Tick {
   double value = 0;
-  std::string label;  ///< "" for a minor tick of a log axis
+  std::string label{};  ///< "" for a minor tick of a log axis
 };
 
 /// Ticks at round values within the range: multiples of 1, 2 or 5 times a power of ten (for bytes: in a binary unit),

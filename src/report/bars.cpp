@@ -25,8 +25,9 @@ void check_bars(const std::vector<Bar>& bars) {
 
 std::string rect(double x, double y, double width, std::string_view fill, std::string_view title) {
   return fmt::format(
-      "<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"{:.1f}\" height=\"{}\" fill=\"{}\"><title>{}</title></rect>\n", x, y,
-      std::max(width, 0.5), kBarHeight, fill, escape_xml(title));
+      "<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"{:.1f}\" height=\"{}\" fill=\"{}\" "
+      "stroke=\"#ffffff\"><title>{}</title></rect>\n",
+      x, y, std::max(width, 0.5), kBarHeight, fill, escape_xml(title));
 }
 
 std::string draw_legend(const std::vector<std::string>& parts, double y) {
@@ -46,7 +47,7 @@ double draw_bar(std::string& out, const Bar& bar, const BarOptions& options, dou
   double x = left;
   for (std::size_t i = 0; i < bar.parts.size(); ++i) {
     const std::size_t colour = bar.parts.size() > 1 ? i : bar.colour.value_or(0);
-    const std::string value = value_label(bar.parts[i], options.value.unit);
+    const std::string value = value_label(bar.parts[i], options.unit);
     const std::string part = i < options.parts.size() ? options.parts[i] + ": " : "";
     out += rect(x, y, bar.parts[i] * scale, palette(colour).line, bar.name + ", " + part + value);
     x += bar.parts[i] * scale;
@@ -63,9 +64,9 @@ std::string svg_bars(const BarOptions& options, const std::vector<Bar>& bars) {
   for (const Bar& bar : bars) {
     values.push_back(total_of(bar));
     name_width = std::max(name_width, text_width(fit_text(bar.name, kLabelSize, kMaxNameWidth), kLabelSize));
-    label_width = std::max(label_width, text_width(value_label(values.back(), options.value.unit), kLabelSize));
+    label_width = std::max(label_width, text_width(value_label(values.back(), options.unit), kLabelSize));
   }
-  AxisRange range = fit_range(options.value, values, 0);
+  AxisRange range = fit_range({.unit = options.unit, .include_zero = true}, values, 0);
   const bool legend = !options.parts.empty();
   const double left = kEdge + name_width + 10, right = options.width - kEdge - label_width - 10;
   const double top = svg_heading_height(options.title, options.subtitle) + (legend ? 26 : 8) + (options.limit ? 16 : 0);
@@ -85,7 +86,7 @@ std::string svg_bars(const BarOptions& options, const std::vector<Bar>& bars) {
     const double baseline = y + kBarHeight / 2 + 4;
     const std::string name = fit_text(bars[i].name, kLabelSize, kMaxNameWidth);
     out += svg_text(left - 8, baseline, name, {.size = kLabelSize, .fill = kInk, .anchor = "end"});
-    const std::string value = value_label(total_of(bars[i]), options.value.unit);
+    const std::string value = value_label(total_of(bars[i]), options.unit);
     out += svg_text(end + 7, baseline, value, {.size = kLabelSize, .fill = kInk, .weight = "500"});
   }
   out += svg_line(left, top, left, bottom, kAxisInk, 1);
@@ -96,7 +97,7 @@ std::string svg_bars(const BarOptions& options, const std::vector<Bar>& bars) {
                     x, top - 4, bottom, kInk);
     out += svg_text(x, top - 9, options.limit_label, {.size = kTickSize, .fill = kInk, .anchor = "middle"});
   }
-  out += svg_text((left + right) / 2, bottom + 36, options.value.label, {.size = kLabelSize, .anchor = "middle"});
+  out += svg_text((left + right) / 2, bottom + 36, options.value_label, {.size = kLabelSize, .anchor = "middle"});
   return out + "</svg>\n";
 }
 

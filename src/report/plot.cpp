@@ -13,7 +13,8 @@
 namespace kiln {
 namespace {
 
-constexpr double kEdge = 16, kTickSize = 11, kLabelSize = 12, kLabelGap = 15, kLegendRow = 18;
+constexpr double kEdge = 16, kTickSize = 11, kLabelSize = 12, kLabelGap = 15;
+constexpr int kLegendRow = 18;
 constexpr double kMaxNameWidth = 170, kBottom = 46, kTickEvery = 48, kXTickEvery = 80;
 constexpr double kFarAway = 1e4;  // pixels: clipped anyway, and renderers dislike more
 
@@ -156,9 +157,19 @@ std::string draw_axes(const Frame& frame, const PlotOptions& options, const std:
   return out;
 }
 
-std::string marker(double x, double y, const Colour& colour, double radius) {
-  return fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"{}\" fill=\"{}\" stroke=\"#ffffff\" stroke-width=\"1.5\"",
-                     x, y, radius, colour.line);
+std::string draw_no_data(const Frame& frame, const std::vector<Curve>& curves) {
+  if (std::any_of(curves.begin(), curves.end(), [](const Curve& curve) { return curve.last.has_value(); })) return "";
+  return svg_text((frame.left + frame.right) / 2, (frame.top + frame.bottom) / 2, "no data",
+                  {.size = kLabelSize, .anchor = "middle"});
+}
+
+/// A disc at the end of a line, a diamond for a single point.
+std::string marker(double x, double y, const Curve& curve, std::string_view tooltip) {
+  const bool point = curve.series->mark == Mark::points;
+  const std::string shape = point ? fmt::format("path d=\"M{:.1f} {:.1f}l6.5 6.5l-6.5 6.5l-6.5 -6.5z\"", x, y - 6.5)
+                                  : fmt::format("circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3.5\"", x, y);
+  return fmt::format("<{} fill=\"{}\" stroke=\"#ffffff\" stroke-width=\"1.5\"><title>{}</title></{}>\n", shape,
+                     curve.colour.line, escape_xml(tooltip), point ? "path" : "circle");
 }
 
 std::string draw_curves(const Frame& frame, const PlotOptions& options, const std::vector<Curve>& curves) {
@@ -183,12 +194,19 @@ std::string draw_curves(const Frame& frame, const PlotOptions& options, const st
       const bool end = i == curve.last;
       const double x = frame.px(s.x[i]), y = frame.py(curve.y[i]);
       if ((s.mark == Mark::line && !end) || !frame.shows(x, y)) continue;
-      out += fmt::format("{}><title>{}: {}</title></circle>\n",
-                         marker(x, y, curve.colour, s.mark == Mark::line ? 3.5 : 5.5), escape_xml(s.name),
-                         value_label(curve.y[i], options.y.unit));
+      out += marker(x, y, curve, s.name + ": " + value_label(curve.y[i], options.y.unit));
     }
   }
   return out;
+}
+
+/// The room that labels at the line ends need; 0 for none, also when there are too many for the height.
+double labels_width(const Frame& frame, const PlotOptions& options, const std::vector<Curve>& curves) {
+  if (!options.end_labels || static_cast<double>(curves.size()) * kLabelGap > frame.bottom - frame.top) return 0;
+  double width = 0;
+  for (const Curve& curve : curves)
+    if (curve.last) width = std::max(width, text_width(end_text(curve, options, curves.size() > 1), kLabelSize) + 8);
+  return width;
 }
 
 std::string draw_end_labels(const Frame& frame, const PlotOptions& options, const std::vector<Curve>& curves) {
@@ -216,12 +234,13 @@ std::string draw_end_labels(const Frame& frame, const PlotOptions& options, cons
   return out;
 }
 
-/// Draws the legend from `top` on; returns the rows it took.
+/// Draws the legend from `top` on; returns the height it took.
 int draw_legend(std::string& out, const PlotOptions& options, const std::vector<Curve>& curves, double top) {
+  if (!options.legend || curves.size() < 2) return 0;
   double x = kEdge;
   int row = 0;
   for (const Curve& curve : curves) {
-    const std::string name = fit_text(curve.series->name, kLabelSize, 2 * kMaxNameWidth);
+    const std::string name = fit_text(curve.series->name, kLabelSize, kMaxNameWidth);
     const double width = 26 + text_width(name, kLabelSize) + 16;
     if (x > kEdge && x + width > options.width - kEdge) {
       x = kEdge;
@@ -229,14 +248,14 @@ int draw_legend(std::string& out, const PlotOptions& options, const std::vector<
     }
     const double y = top + row * kLegendRow;
     if (curve.series->mark == Mark::points)
-      out += marker(x + 10, y, curve.colour, 5) + "/>\n";
+      out += marker(x + 10, y, curve, name);
     else
       out += fmt::format("<path d=\"M{:.1f} {:.1f}h20\" stroke=\"{}\" stroke-width=\"2.5\" {}/>\n", x, y,
                          curve.colour.line, curve.dashed ? "stroke-dasharray=\"6 4\"" : "");
     out += svg_text(x + 26, y + 4, name, {.size = kLabelSize, .fill = kInk});
     x += width;
   }
-  return row + 1;
+  return (row + 1) * kLegendRow + 4;
 }
 
 double widest(const std::vector<Tick>& ticks) {
@@ -263,25 +282,24 @@ std::string svg_plot(const PlotOptions& options, const std::vector<Series>& seri
   std::vector<Curve> curves = curves_of(series);
   Frame frame;
   fit(frame, options, curves);
-  std::string out = svg_begin(options.width, options.height, options.title, options.subtitle);
+  find_ends(frame, curves);
   double top = svg_heading_height(options.title, options.subtitle);
-  if (options.legend && curves.size() > 1) top += draw_legend(out, options, curves, top + 10) * kLegendRow + 4;
+  std::string legend;
+  const int legend_height = draw_legend(legend, options, curves, top + 10);
+  const int height = options.height + std::max(0, legend_height - (kLegendRow + 4));  // further rows of the legend
+  top += legend_height;
   frame.top = top + (options.y.label.empty() ? 8 : 28);
-  frame.bottom = options.height - kBottom;
+  frame.bottom = height - kBottom;
   const std::vector<Tick> y_ticks = ticks(frame.y, static_cast<int>((frame.bottom - frame.top) / kTickEvery));
   frame.left = kEdge + widest(y_ticks) + 8;
   frame.right = options.width - kEdge - 8;
-  find_ends(frame, curves);
-  double label_width = 0;
-  for (const Curve& curve : curves)
-    if (options.end_labels && curve.last)
-      label_width = std::max(label_width, text_width(end_text(curve, options, curves.size() > 1), kLabelSize) + 8);
+  const double label_width = labels_width(frame, options, curves);
   frame.right -= label_width;
   const std::vector<Tick> x_ticks = ticks(frame.x, static_cast<int>((frame.right - frame.left) / kXTickEvery));
-  out += draw_axes(frame, options, x_ticks, y_ticks);
-  out += draw_curves(frame, options, curves);
-  if (options.end_labels) out += draw_end_labels(frame, options, curves);
-  return out + "</svg>\n";
+  return svg_begin(options.width, height, options.title, options.subtitle) + legend +
+         draw_axes(frame, options, x_ticks, y_ticks) + draw_no_data(frame, curves) +
+         draw_curves(frame, options, curves) + (label_width > 0 ? draw_end_labels(frame, options, curves) : "") +
+         "</svg>\n";
 }
 
 }  // namespace kiln

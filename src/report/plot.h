@@ -11,8 +11,8 @@ enum class Mark { line, points };
 
 /// One curve, or a set of single points. Values that are not finite break a line.
 struct Series {
-  std::string name;
-  std::vector<double> x, y;  ///< of one length; x ascending for a line
+  std::string name{};
+  std::vector<double> x{}, y{};  ///< of one length; x ascending for a line
   Mark mark = Mark::line;
   double smoothing = 0;  ///< exponential: weight of the past per point, in [0, 1); the raw curve stays faint behind
   std::optional<std::size_t> colour{};  ///< index of the palette; the series' position unless given
@@ -20,8 +20,8 @@ struct Series {
 };
 
 struct PlotOptions {
-  std::string title, subtitle;
-  Axis x, y;
+  std::string title{}, subtitle{};
+  Axis x{}, y{};
   int width = 760, height = 400;  ///< pixels
   bool legend = true;             ///< for more than one series
   bool end_labels = true;         ///< name and last value at each line's end
@@ -36,14 +36,15 @@ std::vector<double> smooth(const std::vector<double>& y, double weight);
 
 /// One bar: a value, or several stacked.
 struct Bar {
-  std::string name;
-  std::vector<double> parts;
+  std::string name{};
+  std::vector<double> parts{};
   std::optional<std::size_t> colour{};  ///< for bars of one part; the first of the palette unless given
 };
 
 struct BarOptions {
-  std::string title, subtitle;
-  Axis value{.label = "", .unit = Unit::bytes, .include_zero = true};
+  std::string title{}, subtitle{};
+  std::string value_label{};  ///< below the axis, with its unit
+  Unit unit = Unit::bytes;
   std::vector<std::string> parts{};  ///< names of the stacked parts, for the legend
   std::optional<double> limit{};     ///< a dashed line across, such as a memory budget
   std::string limit_label{};

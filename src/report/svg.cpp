@@ -20,10 +20,10 @@ constexpr std::string_view kEllipsis = "…";
 /// Width of a character as a share of the font size, as in common sans-serif fonts.
 double advance(char c) {
   if ((c & 0xC0) == 0x80) return 0;  // continuation of a UTF-8 character
-  if (std::string_view("iljftI.,:;|!'()[] ").find(c) != std::string_view::npos) return 0.33;
+  if (std::string_view("iljftI.,:;|!'()[] -").find(c) != std::string_view::npos) return 0.34;
   if (std::string_view("mwMW%@").find(c) != std::string_view::npos) return 0.88;
-  if (c >= 'A' && c <= 'Z') return 0.69;
-  return 0.58;
+  if (c >= 'A' && c <= 'Z') return 0.7;
+  return 0.6;
 }
 
 }  // namespace

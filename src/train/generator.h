@@ -1,0 +1,50 @@
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "graph/executor.h"
+#include "model/llama.h"
+
+namespace kiln {
+
+struct SamplingOptions {
+  double temperature = 0.8;  // 0: the likeliest token
+  std::int64_t top_k = 0;    // 0: all
+  double top_p = 1.0;
+  std::uint64_t seed = 1;
+};
+
+/// Samples tokens from a model with a KV cache. One sequence; not thread-safe; the weights must outlive it.
+class Generator {
+ public:
+  /// `positions` is the capacity of the cache: prompt and new tokens together.
+  Generator(const ModelWeights& weights, std::int64_t positions);
+  ~Generator();
+
+  /// Feeds the prompt, then samples up to `count` tokens or until `eos`; calls `emit` for each.
+  /// A usage Error when the prompt is empty or prompt and count exceed the capacity.
+  std::vector<std::int32_t> run(const std::vector<std::int32_t>& prompt, std::int64_t count, std::int32_t eos,
+                                const SamplingOptions& options, const std::function<void(std::int32_t)>& emit);
+
+  /// Logits [V] after the last of `tokens`, which are appended to the cache.
+  std::span<const float> feed(std::span<const std::int32_t> tokens);
+  /// Empties the cache.
+  void reset() { filled_ = 0; }
+
+ private:
+  struct Pass;  // a plan for a fixed number of new tokens
+  Pass& pass(std::int64_t tokens);
+
+  const ModelWeights& weights_;
+  std::int64_t positions_, filled_ = 0;
+  HostTensor rope_table_, first_;
+  std::vector<HostTensor> cache_;  // keys and values, layer by layer
+  std::vector<std::unique_ptr<Pass>> passes_;
+};
+
+/// The index sampled from `logits`, draw number `n` of the options' seed.
+std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& options, std::uint64_t n);
+
+}  // namespace kiln

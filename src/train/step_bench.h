@@ -1,0 +1,47 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "train/train_plan.h"
+
+namespace kiln {
+
+struct StepBenchOptions {
+  LlamaConfig model;
+  OptimizerOptions optimizer;
+  BatchShape batch{8, 256};
+  int steps = 5;
+};
+
+/// Seconds per step of one kind of node.
+struct OpTime {
+  std::string op;
+  double seconds = 0, flops = 0, bytes = 0;  // a step
+};
+
+struct StepBench {
+  double step_seconds = 0;  // median
+  double tokens_per_s = 0;
+  double step_flops = 0;        // by LlamaConfig::flops_per_token, the definition of MFU
+  double gemm_flops_per_s = 0;  // ceiling measured before and after the steps (the larger)
+  std::string gemm_library;     // whose
+  double loss = 0;
+  std::vector<OpTime> ops;  // longest first
+  double gemm_fraction() const { return step_flops / step_seconds / gemm_flops_per_s; }
+};
+
+/// Times whole training steps (forward, backward, clipping, update) on synthetic tokens, after two warm-up steps.
+StepBench bench_step(const StepBenchOptions& options);
+
+/// Rate of one f32 GEMM.
+struct GemmRate {
+  std::string library;  // "kiln", "Eigen 3.4.0", "OpenBLAS"
+  double flops_per_s = 0;
+};
+/// C[m,n] = A[m,k] B'[n,k] by every library of this build, all threads, the best of `repeats`, interleaved.
+std::vector<GemmRate> bench_gemm(std::int64_t m, std::int64_t n, std::int64_t k, int repeats);
+
+/// The ceiling that bench_step reports against: the fastest library other than kiln at 2048 x 2048 x 2048.
+GemmRate gemm_ceiling();
+
+}  // namespace kiln

@@ -1,0 +1,59 @@
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "dist/communicator.h"
+#include "model/llama.h"
+#include "optim/optimizer.h"
+
+namespace kiln {
+
+struct TrainPlanOptions {
+  LlamaConfig model;
+  OptimizerOptions optimizer;
+  BatchShape micro;        // one micro-batch of one rank
+  int micro_batches = 1;   // a step, on each rank
+  double clip_norm = 1.0;  // 0: no clipping
+};
+
+/// A whole training step as a plan: forward and backward in the micro phase; all-reduce, global norm, clipping and the
+/// updates in the update phase. Nothing is allocated; `kiln plan` packs it and the trainer binds and runs it.
+struct TrainPlan {
+  Plan plan;
+  ParameterTable table;
+  std::unique_ptr<Optimizer> optimizer;
+  LlamaValues values;
+  std::vector<std::vector<StateSpec>> state_specs;  // by parameter
+  std::vector<std::vector<ValueId>> states;         // by parameter, as state_specs
+
+  std::size_t parameter_bytes() const;
+  std::size_t state_bytes() const;
+};
+
+/// Records the plan; every rank records the same one. The communicator must outlive it.
+TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& communicator);
+
+/// Memory of all optimizer states, zeroed, and their one list for saving, loading and counting.
+class OptimizerStates {
+ public:
+  explicit OptimizerStates(const TrainPlan& plan);
+  /// Calls visit(name, tensor) for each state: "model.layers.0.self_attn.q_proj.weight.exp_avg".
+  template <typename F>
+  void visit(F&& f) const {
+    for (const Named& state : states_) f(state.name, state.tensor.view());
+  }
+  Tensor tensor(std::size_t parameter, std::size_t state) const {
+    return states_[first_[parameter] + state].tensor.view();
+  }
+  std::size_t bytes() const;
+
+ private:
+  struct Named {
+    std::string name;
+    HostTensor tensor;
+  };
+  std::vector<Named> states_;
+  std::vector<std::size_t> first_;  // by parameter
+};
+
+}  // namespace kiln
