@@ -173,11 +173,6 @@ void write_model(const fs::path& path, const std::vector<MergeInput>& inputs, st
   writer.finish();
 }
 
-template <typename T>
-Json or_null(const std::optional<T>& value) {
-  return value ? Json(*value) : Json(nullptr);
-}
-
 Json method_json(const WeightOptions& options) {
   Json json = {{"method", to_string(options.method)}};
   const bool ema = options.method == MergeMethod::ema || options.method == MergeMethod::ema_closed;
@@ -197,17 +192,12 @@ Json provenance(const std::vector<MergeInput>& inputs, const MergeOptions& optio
   json["verified"] = options.verify;
   json["checkpoints"] = Json::array();
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const MergedCheckpoint& row = report.checkpoints[i];
     Json files = Json::array();
     for (const InputFile& file : inputs[i].files)
       files.push_back(
           {{"name", file.name}, {"bytes", file.bytes}, {"xxh3", file.hash.empty() ? Json(nullptr) : Json(file.hash)}});
-    json["checkpoints"].push_back({{"path", row.directory.string()},
-                                   {"step", or_null(row.step)},
-                                   {"tokens", or_null(row.tokens)},
-                                   {"weight", row.weight},
-                                   {"decay", or_null(row.decay)},
-                                   {"files", files}});
+    json["checkpoints"].push_back(to_json(report.checkpoints[i]));
+    json["checkpoints"].back()["files"] = files;
   }
   return json;
 }

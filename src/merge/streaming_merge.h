@@ -1,11 +1,11 @@
 #pragma once
 #include <filesystem>
-#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "core/dtype.h"
 #include "merge/inputs.h"
+#include "merge/merge_report.h"
 #include "merge/weights.h"
 
 namespace kiln {
@@ -24,23 +24,6 @@ struct MergeOptions {
   bool verify = true;       // hashes by manifest; sizes are always checked
   bool keep_order = false;  // the order given is oldest first, whatever the steps say
   std::size_t chunk_elements = std::size_t{1} << 20;
-};
-
-/// One merged checkpoint, oldest first.
-struct MergedCheckpoint {
-  std::filesystem::path directory;
-  std::optional<std::int64_t> step, tokens;
-  double weight = 0.0;
-  /// Implied decay of the update that led to this checkpoint; nothing for the oldest, and for weights that are no
-  /// decay (see is_decay).
-  std::optional<double> decay;
-};
-
-struct MergeReport {
-  std::vector<MergedCheckpoint> checkpoints;
-  std::uint64_t tensors = 0, elements = 0;
-  std::uint64_t bytes_read = 0, bytes_written = 0;  // of tensors
-  double seconds = 0.0;
 };
 
 /// Writes the weighted average of checkpoints as one checkpoint: model.safetensors, config.json and tokenizer files of

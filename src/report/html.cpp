@@ -22,9 +22,11 @@ constexpr double kWarmUpShare = 0.1;      // of a run, whose loss may lie above 
 constexpr std::string_view kDash = "–";
 
 constexpr std::string_view kStyle = R"(
-:root { color-scheme: light dark; --ink: #1f2328; --muted: #59636e; --page: #ffffff; --line: #d9dde2; --panel: #f6f8fa; --best: #00704f; }
+:root { color-scheme: light dark; --ink: #1f2328; --muted: #59636e; --page: #ffffff; --line: #d9dde2;
+  --panel: #f6f8fa; --best: #00704f; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --muted: #9da7b1; --page: #0d1117; --line: #30363d; --panel: #161b22; --best: #4cc9a0; }
+  :root { --ink: #e6edf3; --muted: #9da7b1; --page: #0d1117; --line: #30363d;
+    --panel: #161b22; --best: #4cc9a0; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 32px 24px 64px; max-width: 1280px; background: var(--page); color: var(--ink);
@@ -40,19 +42,24 @@ th.text, td.text { text-align: left; }
 td.best { color: var(--best); font-weight: 600; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 540px), 1fr)); gap: 16px; }
-figure { margin: 0; align-self: start; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; background: #ffffff; }
+figure { margin: 0; align-self: start; border: 1px solid var(--line);
+  border-radius: 8px; overflow: hidden; background: #ffffff; }
 figure svg { display: block; width: 100%; height: auto; }
 input[type=radio] { position: absolute; opacity: 0; }
-label { display: inline-block; padding: 4px 14px; border: 1px solid var(--line); cursor: pointer; color: var(--muted); font-size: 13px; }
+label { display: inline-block; padding: 4px 14px; border: 1px solid var(--line); cursor: pointer;
+  color: var(--muted); font-size: 13px; }
 label.first { border-radius: 6px 0 0 6px; border-right: 0; }
 label.second { border-radius: 0 6px 6px 0; }
-#by-tokens:checked ~ label[for=by-tokens], #by-time:checked ~ label[for=by-time] { background: var(--panel); color: var(--ink); font-weight: 600; }
-#by-tokens:focus-visible ~ label[for=by-tokens], #by-time:focus-visible ~ label[for=by-time] { outline: 2px solid #0072b2; }
+#by-tokens:checked ~ label[for=by-tokens], #by-time:checked ~ label[for=by-time] {
+  background: var(--panel); color: var(--ink); font-weight: 600; }
+#by-tokens:focus-visible ~ label[for=by-tokens],
+#by-time:focus-visible ~ label[for=by-time] { outline: 2px solid #0072b2; }
 #by-tokens:checked ~ .time, #by-time:checked ~ .tokens { display: none; }
 .figures { margin-top: 12px; }
 details { border: 1px solid var(--line); border-radius: 8px; margin-bottom: 10px; background: var(--panel); }
 summary { padding: 8px 14px; cursor: pointer; font-weight: 500; }
-pre { margin: 0; padding: 4px 14px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { margin: 0; padding: 4px 14px 14px; overflow-x: auto;
+  font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 )";
 
 /// Names apart: runs of one name show their directories.

@@ -127,3 +127,22 @@ TEST_CASE("steps are known by state, by transformers' own state, or by name") {
   write_text_atomic(temp / "final" / "trainer_state.json", R"({"global_step": 12})");
   CHECK(step_of(temp / "final") == 12);
 }
+
+TEST_CASE("a report as table and as JSON") {
+  const MergeReport report{.checkpoints = {{"run/step_00000010", 10, 1000, 0.25, std::nullopt},
+                                           {"run/step_00000020", std::nullopt, std::nullopt, 0.75, 0.75}},
+                           .tensors = 3,
+                           .elements = 1500,
+                           .bytes_read = 2048,
+                           .bytes_written = 1024,
+                           .seconds = 0.5};
+  const std::string table = merge_table(report);
+  CHECK_THAT(table, ContainsSubstring("checkpoint               step     weight      decay\n"));
+  CHECK_THAT(table, ContainsSubstring("run/step_00000010          10   0.250000          -\n"));
+  CHECK_THAT(table, ContainsSubstring("run/step_00000020           -   0.750000   0.750000\n"));
+  CHECK_THAT(table, ContainsSubstring("3 tensors, 1.5k weights: read 2.00 KiB, wrote 1.00 KiB in 0.50 s\n"));
+  const Json json = to_json(report);
+  CHECK(json["checkpoints"][1]["step"].is_null());
+  CHECK(json["checkpoints"][1]["decay"] == 0.75);
+  CHECK(json["bytes_read"] == 2048);
+}

@@ -1,0 +1,36 @@
+#pragma once
+#include <cstdint>
+#include <filesystem>
+
+#include "base/json.h"
+#include "model/llama.h"
+#include "train/train_plan.h"
+
+namespace kiln {
+
+/// Where a run stands: everything but the tensors. The data position is one integer, the next sample of the permutation.
+struct RunPosition {
+  std::int64_t step = 0;      // updates done
+  std::int64_t tokens = 0;    // trained on, over all ranks
+  std::int64_t position = 0;  // samples drawn
+};
+
+/// What a checkpoint holds, borrowed from the trainer.
+struct RunState {
+  const ModelWeights& weights;
+  const OptimizerStates& states;
+  Json config;                      // the full configuration, for the reader and for the check on resume
+  std::filesystem::path tokenizer;  // copied beside the model; may be empty
+};
+
+/// Writes `RUN/step_XXXXXXXX/` atomically: model, optimizer states, state.json, manifest. One rank calls it.
+void save_checkpoint(const std::filesystem::path& directory, const RunState& state, const RunPosition& at);
+
+/// Writes a snapshot: the model alone, in `dtype`, with its step and tokens.
+void save_snapshot(const std::filesystem::path& directory, const RunState& state, const RunPosition& at, DType dtype);
+
+/// Fills weights and states from a checkpoint and says where it stands. A data Error names the file and tensor when the
+/// checkpoint is torn, or belongs to another model, optimizer or configuration of states.
+RunPosition load_checkpoint(const std::filesystem::path& directory, const RunState& state);
+
+}  // namespace kiln

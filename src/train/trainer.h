@@ -1,0 +1,105 @@
+#pragma once
+#include <memory>
+#include <optional>
+
+#include "dist/communicator.h"
+#include "graph/executor.h"
+#include "io/dataset.h"
+#include "report/metrics.h"
+#include "train/config.h"
+#include "train/evaluator.h"
+#include "train/run_state.h"
+#include "train/train_plan.h"
+
+namespace kiln {
+
+/// What a run reports at its end, and `summary.json` keeps.
+struct TrainSummary {
+  RunPosition at;
+  double train_loss = 0;             // of the last step
+  std::optional<double> valid_loss;  // of the last evaluation
+  std::size_t state_bytes = 0;       // of the optimizer
+  std::size_t memory_bytes = 0;      // of one rank: weights, states, arenas
+  std::int64_t parameters = 0;
+  double tokens_per_s = 0;  // median over steps
+  int stopped_by = 0;       // signal, after a clean save
+};
+
+/// Which optional outputs a run has.
+struct TrainerOptions {
+  bool quiet = false;          // no progress line
+  bool write_files = true;     // run directory: metrics, checkpoints, snapshots
+  bool stop_on_signal = true;  // SIGINT and SIGTERM save and stop
+};
+
+/// Data-parallel training of one configuration. Every rank makes one; all calls are collective. Not thread-safe.
+///
+/// error  configuration (exit 2), data (3), memory or disk (4), a loss that is not finite (5: the last checkpoint stands,
+///        the step is not applied)
+class Trainer {
+ public:
+  Trainer(const Config& config, Communicator& communicator, TrainerOptions options = {});
+  ~Trainer();
+
+  /// Goes on from the newest whole checkpoint of the run directory; false when there is none.
+  bool resume_latest();
+  /// Goes on from a checkpoint directory.
+  void resume(const std::filesystem::path& checkpoint);
+
+  /// Trains to the configured number of steps: step, log, evaluate, snapshot, checkpoint.
+  TrainSummary run();
+
+  /// THE step: one global batch through the model, and the update. Returns its metrics.
+  StepMetrics step();
+
+  /// Mean loss over `eval.tokens` of the validation data.
+  Evaluation evaluate();
+
+  const RunPosition& at() const { return at_; }
+  const ModelWeights& weights() const { return weights_; }
+  const OptimizerStates& states() const { return states_; }
+  std::size_t memory_bytes() const;
+
+ private:
+  struct Outputs;  // what the run directory and the terminal receive; rank 0 alone
+
+  int micro_batches() const;
+  double load_batch();
+  RunState run_state() const;
+  void save(const char* what);
+  void snapshot();
+  void stop_if_diverged(double loss) const;
+  TrainSummary summary() const;
+
+  Config config_;
+  Communicator& communicator_;
+  TrainerOptions options_;
+  LlamaConfig model_;
+  BatchShape micro_;  // one micro-batch of this rank
+  Dataset data_;
+  std::optional<Dataset> valid_;
+  TrainPlan train_;
+  ModelWeights weights_;
+  OptimizerStates states_;
+  HostTensor tokens_, targets_;  // the rank's share of a step, [micro-batches * tokens]
+  HostTensor first_, rope_table_, scalars_;
+  Executor executor_;
+  std::unique_ptr<Evaluator> evaluator_;
+  std::unique_ptr<Outputs> outputs_;
+  RunPosition at_;
+  double peak_flops_per_s_ = 0;
+  double train_loss_ = 0;
+  std::optional<double> valid_loss_;
+};
+
+/// The model that a configuration describes: its preset with what it overrides.
+LlamaConfig model_config(const Config& config);
+OptimizerOptions optimizer_options(const Config& config);
+/// Sequences of one rank's micro-batch: the configured one, or with `auto` the largest divisor of the rank's share that
+/// holds at most 2048 tokens. A usage Error when the ranks do not divide the batch, or the micro-batch the share.
+BatchShape micro_batch(const Config& config, int ranks);
+/// Threads of one rank: run.threads, else OMP_NUM_THREADS, else the processors that this process may use, shared out
+/// between the ranks of the machine.
+int rank_threads(const Config& config);
+
+}  // namespace kiln
