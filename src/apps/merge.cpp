@@ -12,9 +12,10 @@
 namespace kiln {
 namespace {
 
-/// Words given for each key of merge_keys(), as CLI11 fills them in.
+/// What was given for each key of merge_keys(), as CLI11 fills it in. Empty: not given.
 struct MergeArguments {
-  std::map<std::string, std::vector<std::string>> words;
+  std::vector<std::string> checkpoints;
+  std::map<std::string, std::string> values;
   std::map<std::string, bool> flags;
   bool json = false;
 };
@@ -29,11 +30,11 @@ void add_key(CLI::App& command, const MergeKey& key, MergeArguments& arguments) 
   const std::string name(key.name), help(key.help);
   switch (key.kind) {
     case MergeKeyKind::positional:
-      command.add_option(name, arguments.words[name], help + ", or MERGE.yaml");
+      command.add_option(name, arguments.checkpoints, help + ", or MERGE.yaml");
       return;
     case MergeKeyKind::value:
     case MergeKeyKind::list:
-      command.add_option(option_name(key), arguments.words[name], help)->expected(1);
+      command.add_option(option_name(key), arguments.values[name], help);
       return;
     case MergeKeyKind::flag:
       command.add_flag(option_name(key), arguments.flags[name], help);
@@ -44,7 +45,7 @@ void add_key(CLI::App& command, const MergeKey& key, MergeArguments& arguments) 
   }
 }
 
-/// A list is one word, "0.1,0.2": CLI11's own lists would swallow the checkpoints that follow.
+/// A list is one word, "0.1,0.2": a list of CLI11's would swallow the checkpoints that follow.
 std::vector<std::string> split_list(const std::string& word) {
   std::vector<std::string> words;
   std::istringstream in(word);
@@ -55,16 +56,18 @@ std::vector<std::string> split_list(const std::string& word) {
 /// MERGE.yaml first, where one is given; options of the command line then have the last word.
 MergeRequest to_request(const MergeArguments& arguments) {
   MergeRequest request;
-  const std::vector<std::string>& paths = arguments.words.at("checkpoints");
+  const std::vector<std::string>& paths = arguments.checkpoints;
   const bool from_file = paths.size() == 1 && (paths[0].ends_with(".yaml") || paths[0].ends_with(".yml"));
-  if (from_file) request = read_merge_file(paths[0]);
+  if (from_file)
+    request = read_merge_file(paths[0]);
+  else
+    request.checkpoints = paths;
   for (const MergeKey& key : merge_keys()) {
     const std::string name(key.name);
-    const auto given = arguments.words.find(name);
-    const bool settled = from_file && key.kind == MergeKeyKind::positional;
-    if (given != arguments.words.end() && !given->second.empty() && !settled) {
+    if (const auto value = arguments.values.find(name); value != arguments.values.end() && !value->second.empty()) {
       const bool list = key.kind == MergeKeyKind::list;
-      set_merge_key(request, key.name, list ? split_list(given->second.front()) : given->second, option_name(key));
+      set_merge_key(request, key.name, list ? split_list(value->second) : std::vector<std::string>{value->second},
+                    option_name(key));
     }
     if (const auto flag = arguments.flags.find(name); flag != arguments.flags.end() && flag->second)
       set_merge_key(request, key.name, {key.kind == MergeKeyKind::flag ? "true" : "false"}, option_name(key));

@@ -19,8 +19,8 @@ struct Parameter {
 };
 
 /// Step scalars, one f64 tensor [kScalarCount] read and written by nodes, so that a captured step needs no host value.
-enum class Scalar : std::size_t { step, lr, loss_scale, clip_norm, clip_scale, grad_norm };
-inline constexpr std::int64_t kScalarCount = 6;
+enum class Scalar : std::size_t { step, lr, loss_scale, clip_scale, grad_norm };
+inline constexpr std::int64_t kScalarCount = 5;
 inline TensorSpec scalars_spec() { return {{kScalarCount}, DType::f64}; }
 inline double& scalar(const Tensor& scalars, Scalar which) {
   return scalars.as<double>()[static_cast<std::size_t>(which)];

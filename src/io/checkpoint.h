@@ -9,9 +9,9 @@
 
 namespace kiln {
 
-/// A checkpoint directory under construction: files are written into `FINAL.tmp-PID`, and `commit()` writes MANIFEST.json
-/// (sizes and XXH3 hashes of every file) last, fsyncs files and directory, and renames. A directory without a valid
-/// manifest does not exist for resume. Dropped without commit, it removes what it wrote.
+/// A checkpoint directory under construction: files are written into `FINAL.tmp-PID`, and `commit()` writes
+/// MANIFEST.json (sizes and XXH3 hashes of every file) last, fsyncs files and directory, and renames. A directory
+/// without a valid manifest does not exist for resume. Dropped without commit, it removes what it wrote.
 class CheckpointWriter {
  public:
   explicit CheckpointWriter(std::filesystem::path final_directory);
@@ -32,7 +32,8 @@ class CheckpointWriter {
 
 enum class ManifestCheck { sizes, hashes };
 
-/// Empty when `directory` holds a manifest and every file it names has the recorded size (and hash), else what is wrong.
+/// Empty when `directory` holds a manifest and every file it names has the recorded size (and hash), else what is
+/// wrong.
 std::optional<std::string> checkpoint_fault(const std::filesystem::path& directory, ManifestCheck check);
 
 /// `step_00001000`, and the step of such a name (nothing for another name).

@@ -16,18 +16,18 @@ struct DataSource {
 
 /// A stream of packed samples over token shards.
 ///
-/// A sample is `seq_len` inputs and the `seq_len` targets that follow them by one, cut end to end from a shard; documents
-/// are bounded by EOS tokens inside it (packed sequences). Targets may be kIgnoredTarget where the loss must not count.
-/// The n-th sample is a pure function of (sources, seq_len, seed, n): a seeded permutation of all samples per epoch,
-/// reshuffled each epoch; with several sources, sample n is drawn from a source by a low-discrepancy schedule that
-/// keeps every prefix within one sample of the weights. So the position of a run is one integer, whatever the number of
+/// A sample is `seq_len` inputs and the `seq_len` targets that follow them by one, cut end to end from a shard;
+/// documents are bounded by EOS tokens inside it (packed sequences). Targets may be kIgnoredTarget where the loss must
+/// not count. The n-th sample is a pure function of (sources, seq_len, seed, n): a seeded permutation of all samples
+/// per epoch, reshuffled each epoch; with several sources, samples are dealt out by a fixed cycle (weights to 1 part in
+/// 4096) that keeps every prefix close to the weights. So the position of a run is one integer, whatever the number of
 /// ranks, and rank r of R takes samples position + r*k ... of each global batch.
 class Dataset {
  public:
   static constexpr std::int32_t kIgnoredTarget = -100;
 
-  /// A data Error for a missing or torn shard, a source with fewer than seq_len + 1 tokens, or (checked once, on opening)
-  /// a token >= vocab_size, naming shard, offset and token.
+  /// A data Error for a missing or torn shard, a source with fewer than seq_len + 1 tokens, or (checked once, on
+  /// opening) a token >= vocab_size, naming shard, offset and token.
   Dataset(const std::vector<DataSource>& sources, std::int64_t seq_len, std::int64_t vocab_size, std::uint64_t seed);
   ~Dataset();
   Dataset(Dataset&&) noexcept;

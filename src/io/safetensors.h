@@ -14,7 +14,7 @@ namespace kiln {
 struct SafetensorEntry {
   std::string name;
   DType dtype = DType::f32;
-  std::vector<std::int64_t> shape;  // any rank
+  std::vector<std::int64_t> shape;   // any rank
   std::uint64_t begin = 0, end = 0;  // bytes, from the end of the header
 };
 

@@ -34,7 +34,7 @@ class ModelTensors {
 struct InputFile {
   std::string name;
   std::uint64_t bytes = 0;
-  std::string hash;  // XXH3; empty when verification was off
+  std::string hash;  // XXH3; empty without a manifest when verification was off
 };
 
 /// A checkpoint that is about to be merged: whole, opened, and not yet read.

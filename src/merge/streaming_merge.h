@@ -32,7 +32,8 @@ struct MergeOptions {
 ///
 /// Everything is verified before a byte is written (open_inputs). Tensors are then streamed in chunks: y = sum_i w_i
 /// x_i is accumulated in fp64, oldest first, and rounded once, to nearest even. Memory: one chunk of output, beside
-/// pages of the mapped inputs that the system may drop at will. Result independent of chunk size and threads.
+/// pages of the mapped inputs that the system may drop at will. The result depends on neither chunk size,
+/// threads nor processor.
 ///
 /// error  usage: options, an output that exists and is no merge; data: inputs that are torn, mixed or not finite;
 ///        resource: disk full. Nothing is left at `output` then, and an older merge there still stands.

@@ -14,8 +14,11 @@ constexpr int kStateVersion = 1;
 constexpr const char* kOptimizerFile = "optimizer-00000-of-00001.safetensors";
 
 Json position_json(const RunState& state, const RunPosition& at) {
-  return {{"version", kStateVersion},         {"step", at.step},          {"tokens", at.tokens},
-          {"data_position", at.position},     {"config", state.config}};
+  return {{"version", kStateVersion},
+          {"step", at.step},
+          {"tokens", at.tokens},
+          {"data_position", at.position},
+          {"config", state.config}};
 }
 
 std::vector<std::int64_t> sizes(const Shape& shape) {
@@ -47,9 +50,9 @@ void read_states(const std::filesystem::path& path, const OptimizerStates& state
     if (entry == nullptr || entry->dtype != tensor.dtype() || entry->shape != sizes(tensor.shape()))
       fail(ExitCode::data, "{}: optimizer state '{}' {}; resume with the configuration that wrote it, or --resume none",
            path.string(), name,
-           entry == nullptr ? std::string("is missing")
-                            : fmt::format("has shape [{}], expected {}", fmt::join(entry->shape, ","),
-                                          tensor.shape().str()));
+           entry == nullptr
+               ? std::string("is missing")
+               : fmt::format("has shape [{}], expected {}", fmt::join(entry->shape, ","), tensor.shape().str()));
     const std::span<const std::byte> bytes = file.bytes(*entry);
     std::copy(bytes.begin(), bytes.end(), static_cast<std::byte*>(tensor.data));
     ++count;
@@ -87,7 +90,8 @@ RunPosition load_checkpoint(const std::filesystem::path& directory, const RunSta
       fail(ExitCode::data, "{}: version {}, expected {}", path.string(), json.at("version").dump(), kStateVersion);
     at = {.step = json.at("step"), .tokens = json.at("tokens"), .position = json.at("data_position")};
   } catch (const nlohmann::json::exception& e) {
-    fail(ExitCode::data, "{}: not a run's state ({}); resume from a checkpoint that kiln wrote", path.string(), e.what());
+    fail(ExitCode::data, "{}: not a run's state ({}); resume from a checkpoint that kiln wrote", path.string(),
+         e.what());
   }
   const LlamaConfig saved = from_hf_config(read_json(directory / "config.json"), (directory / "config.json").string());
   check(saved.parameter_count() == state.weights.config().parameter_count(),

@@ -8,7 +8,8 @@
 
 namespace kiln {
 
-/// Where a run stands: everything but the tensors. The data position is one integer, the next sample of the permutation.
+/// Where a run stands: everything but the tensors. The data position is one integer, the next sample of the
+/// permutation.
 struct RunPosition {
   std::int64_t step = 0;      // updates done
   std::int64_t tokens = 0;    // trained on, over all ranks

@@ -85,7 +85,6 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       executor_(train_.plan, micro_batches()) {
   initialise(weights_, config.run.seed);
   fill_rope_table(rope_table_.view(), model_.rope_base);
-  scalar(scalars_.view(), Scalar::clip_norm) = config.optimizer.clip_norm;
   for (std::size_t s = 0; s < train_.values.storages.size(); ++s)
     executor_.bind(train_.values.storages[s], weights_.storage(s));
   for (std::size_t p = 0; p < train_.states.size(); ++p)
@@ -95,7 +94,8 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
   executor_.bind(train_.values.scalars, scalars_.view());
   if (!config.data.valid.empty()) {
     valid_.emplace(config.data.valid, config.data.seq_len, model_.vocab, config.run.seed);
-    evaluator_ = std::make_unique<Evaluator>(weights_, config.eval.micro.value_or(micro_.sequences), config.data.seq_len);
+    evaluator_ =
+        std::make_unique<Evaluator>(weights_, config.eval.micro.value_or(micro_.sequences), config.data.seq_len);
   }
 }
 
@@ -176,9 +176,8 @@ StepMetrics Trainer::step() {
           .grad_norm = scalar(scalars, Scalar::grad_norm),
           .step_ms = ms,
           .tokens_per_s = tokens_per_s,
-          .mfu = peak_flops_per_s_ > 0
-                     ? tokens_per_s * model_.flops_per_token(config_.data.seq_len) / peak_flops_per_s_
-                     : std::nan(""),
+          .mfu = peak_flops_per_s_ > 0 ? tokens_per_s * model_.flops_per_token(config_.data.seq_len) / peak_flops_per_s_
+                                       : std::nan(""),
           .memory_bytes = memory_bytes()};
 }
 

@@ -34,7 +34,8 @@ struct TrainerOptions {
 
 /// Data-parallel training of one configuration. Every rank makes one; all calls are collective. Not thread-safe.
 ///
-/// error  configuration (exit 2), data (3), memory or disk (4), a loss that is not finite (5: the last checkpoint stands,
+/// error  configuration (exit 2), data (3), memory or disk (4), a loss that is not finite (5: the last checkpoint
+/// stands,
 ///        the step is not applied)
 class Trainer {
  public:

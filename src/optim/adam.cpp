@@ -1,0 +1,69 @@
+#include "optim/adam.h"
+
+#include <cmath>
+
+#include "core/parallel.h"
+
+namespace kiln {
+namespace {
+
+class AdamW final : public Optimizer {
+ public:
+  explicit AdamW(const OptimizerOptions& o)
+      : options_{.beta1 = o.beta1,
+                 .beta2 = o.beta2,
+                 .eps = o.eps,
+                 .weight_decay = o.weight_decay,
+                 .form = AdamForm::pytorch} {}
+  std::string_view name() const override { return "adamw"; }
+  std::vector<StateSpec> states(const Parameter& parameter) const override { return AdamUpdate::states(parameter); }
+  OpPtr update_op(const Parameter& parameter) const override {
+    return std::make_shared<AdamUpdate>(parameter, options_);
+  }
+
+ private:
+  AdamUpdate::Options options_;
+};
+
+}  // namespace
+
+std::vector<StateSpec> AdamUpdate::states(const Parameter& parameter) {
+  const TensorSpec spec{parameter.shape, DType::f32};
+  return {{"exp_avg", spec}, {"exp_avg_sq", spec}};
+}
+
+Cost AdamUpdate::cost(std::span<const TensorSpec>) const {
+  const double n = static_cast<double>(parameter().shape.numel());
+  return {12.0 * n, 28.0 * n};
+}
+
+void AdamUpdate::update(const UpdateArgs& args) const {
+  const double step = scalar(args.scalars, Scalar::step), lr = scalar(args.scalars, Scalar::lr);
+  const double correction1 = 1.0 - std::pow(options_.beta1, step), correction2 = 1.0 - std::pow(options_.beta2, step);
+  const double decay = parameter().decay ? 1.0 - lr * options_.weight_decay : 1.0;
+  const bool pytorch = options_.form == AdamForm::pytorch;
+  visit_real(args.w.dtype(), [&]<typename T>() {
+    const T b1 = static_cast<T>(options_.beta1), b2 = static_cast<T>(options_.beta2);
+    const T c1 = static_cast<T>(1.0 - options_.beta1), c2 = static_cast<T>(1.0 - options_.beta2);
+    const T eps = static_cast<T>(options_.eps), clip = static_cast<T>(scalar(args.scalars, Scalar::clip_scale));
+    const T root = static_cast<T>(pytorch ? std::sqrt(correction2) : 1.0);
+    const T rate = static_cast<T>(pytorch ? lr / correction1 : lr * std::sqrt(correction2) / correction1);
+    const T before = static_cast<T>(pytorch ? decay : 1.0), after = static_cast<T>(pytorch ? 1.0 : decay);
+    T* w = args.w.as<T>();
+    const T* g = args.g.as<T>();
+    T* m = args.states[0].as<T>();
+    T* v = args.states[1].as<T>();
+    parallel_for(args.w.numel(), 1 << 14, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const T x = clip * g[i];
+        m[i] = b1 * m[i] + c1 * x;
+        v[i] = b2 * v[i] + c2 * x * x;
+        w[i] = after * (before * w[i] - rate * m[i] / (std::sqrt(v[i]) / root + eps));
+      }
+    });
+  });
+}
+
+std::unique_ptr<Optimizer> make_adamw(const OptimizerOptions& options) { return std::make_unique<AdamW>(options); }
+
+}  // namespace kiln

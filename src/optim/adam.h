@@ -1,0 +1,38 @@
+#pragma once
+#include "optim/optimizer.h"
+
+namespace kiln {
+
+/// Two published forms of Adam with decoupled decay; they differ in where eps and the decay enter.
+enum class AdamForm {
+  pytorch,  // w *= 1 - lr wd;  w -= lr/(1-b1^t) m / (sqrt(v/(1-b2^t)) + eps)
+  galore,   // w -= lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v) + eps);  w *= 1 - lr wd
+};
+
+/// Adam on one whole parameter; states exp_avg and exp_avg_sq, each as w.
+///
+/// floor  reads w, g, m, v and writes w, m, v: 28 bytes a parameter in f32
+/// paper  Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101
+class AdamUpdate final : public UpdateOp {
+ public:
+  struct Options {
+    double beta1, beta2, eps, weight_decay;
+    AdamForm form;
+  };
+  AdamUpdate(Parameter parameter, Options options) : UpdateOp(std::move(parameter)), options_(options) {}
+  std::string_view name() const override { return "adam_update"; }
+  Cost cost(std::span<const TensorSpec> in) const override;
+  static std::vector<StateSpec> states(const Parameter& parameter);
+
+ protected:
+  void update(const UpdateArgs& args) const override;
+  std::size_t state_count() const override { return 2; }
+
+ private:
+  Options options_;
+};
+
+/// AdamW in PyTorch's form, on every parameter.
+std::unique_ptr<Optimizer> make_adamw(const OptimizerOptions& options);
+
+}  // namespace kiln

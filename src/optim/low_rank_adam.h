@@ -1,0 +1,61 @@
+#pragma once
+#include "optim/optimizer.h"
+#include "optim/projector.h"
+
+namespace kiln {
+
+/// What happens to the part of the gradient outside the subspace.
+enum class Residual {
+  none,    // dropped: GaLore
+  scaled,  // scaled by the subspace's own step and limited in growth: Fira
+};
+
+/// Adam in a rank-r subspace of the gradient of one matrix, W [m,n].
+///
+/// With Q the basis of the shorter side (projector.h), R the projected gradient, N = m/(sqrt(v)+eps) its Adam direction
+/// and phi = ||N||/(||R||+1e-8) along the rank axis, one factor a row (right side) or a column (left side):
+///   GaLore           W -= lr_t alpha N Q'
+///   Fira, paper      W -= lr_t alpha (N Q' + S),   S = limit(phi (G - R Q'))
+///   Fira, reference  W -= lr_t (alpha N Q' + S),   S = limit(phi (G - alpha R Q'))
+/// (transposed on the left side), lr_t = lr sqrt(1-b2^t)/(1-b1^t). The limiter divides S by
+/// max(||S||/(prev+1e-8), gamma)/gamma and keeps prev = ||S|| after the division; its first step only stores.
+/// Rows of the residual are orthogonal to Q, so ||S_i||^2 = phi_i^2 (||G_i||^2 - (2k-k^2)||R_i||^2) with k = 1 or alpha
+/// needs no S, and the update is one skinny GEMM onto W and one pass.
+///
+/// states projector [min(m,n),r], exp_avg and exp_avg_sq [m,r] or [r,n], and for Fira limiter_norm [1] (0: none yet)
+/// floor  G read twice, W read and written twice: 24 bytes a parameter in f32, and 4 m n r FLOPs
+/// paper  GaLore: Zhao et al. 2024, arXiv:2403.03507. Fira: Chen et al. 2024, arXiv:2410.01623
+class LowRankAdamUpdate final : public UpdateOp {
+ public:
+  struct Options {
+    double beta1, beta2, eps, weight_decay;
+    std::int64_t rank;
+    double alpha;
+    std::int64_t refresh;
+    ProjectorKind projector;
+    Residual residual;
+    FiraVariant variant;
+    double gamma;
+    std::uint64_t seed;
+  };
+  LowRankAdamUpdate(Parameter parameter, Options options);
+  std::string_view name() const override;
+  std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
+  Cost cost(std::span<const TensorSpec> in) const override;
+  static std::vector<StateSpec> states(const Parameter& parameter, const Options& options);
+
+ protected:
+  void update(const UpdateArgs& args) const override;
+  std::size_t state_count() const override { return options_.residual == Residual::scaled ? 4 : 3; }
+
+ private:
+  template <typename T>
+  void update_as(const UpdateArgs& args) const;
+
+  Options options_;
+};
+
+/// GaLore or Fira on the layers' linear weights, Adam (GaLore's form) on the rest.
+std::unique_ptr<Optimizer> make_low_rank_adam(const OptimizerOptions& options);
+
+}  // namespace kiln

@@ -1,0 +1,92 @@
+#include "optim/optimizer.h"
+
+#include <array>
+
+#include "optim/adam.h"
+#include "optim/low_rank_adam.h"
+
+namespace kiln {
+namespace {
+
+struct NamedKind {
+  std::string_view name;
+  OptimizerKind kind;
+};
+constexpr std::array<NamedKind, 3> kKinds{
+    {{"adamw", OptimizerKind::adamw}, {"galore", OptimizerKind::galore}, {"fira", OptimizerKind::fira}}};
+
+void check_options(const OptimizerOptions& o) {
+  auto fraction = [](std::string_view key, double value) {
+    check(value >= 0 && value < 1, "optimizer.{}: {}, expected at least 0 and less than 1", key, value);
+  };
+  fraction("beta1", o.beta1);
+  fraction("beta2", o.beta2);
+  check(o.eps > 0, "optimizer.eps: {}, expected a positive number", o.eps);
+  check(o.weight_decay >= 0, "optimizer.weight_decay: {}, expected at least 0", o.weight_decay);
+  if (o.kind == OptimizerKind::adamw) return;
+  check(o.rank >= 1, "optimizer.rank: {}, expected at least 1", o.rank);
+  check(o.refresh >= 1, "optimizer.refresh: {}, expected at least 1", o.refresh);
+  check(o.alpha > 0, "optimizer.alpha: {}, expected a positive number", o.alpha);
+  check(o.gamma >= 1, "optimizer.gamma: {}, expected at least 1", o.gamma);
+}
+
+}  // namespace
+
+// Inputs of the node: storage of w, storage of g, scalars, then the parameter's states.
+std::vector<TensorSpec> UpdateOp::infer(std::span<const TensorSpec> in) const {
+  check(in.size() == 3 + state_count(), "{}: {} inputs, expected {}", parameter_.name, in.size(), 3 + state_count());
+  check(in[0] == in[1], "{}: weights {} and gradient {} differ in shape", parameter_.name, in[0].shape.str(),
+        in[1].shape.str());
+  check(in[2] == scalars_spec(), "{}: the third input must be the step's scalars", parameter_.name);
+  return {};
+}
+
+std::vector<int> UpdateOp::mutates() const {
+  std::vector<int> list{0, 1};
+  for (std::size_t s = 0; s < state_count(); ++s) list.push_back(static_cast<int>(3 + s));
+  return list;
+}
+
+void UpdateOp::run_cpu(const KernelArgs& args) const {
+  const std::int64_t rows = parameter_.shape[0];
+  update({.w = args.in[0].rows(parameter_.row_begin, rows),
+          .g = args.in[1].rows(parameter_.row_begin, rows),
+          .states = args.in.subspan(3),
+          .scalars = args.in[2],
+          .workspace = args.workspace});
+}
+
+std::size_t Optimizer::state_bytes(const Parameter& parameter) const {
+  std::size_t total = 0;
+  for (const StateSpec& state : states(parameter)) total += state.spec.bytes();
+  return total;
+}
+
+std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options) {
+  check_options(options);
+  switch (options.kind) {
+    case OptimizerKind::adamw:
+      return make_adamw(options);
+    case OptimizerKind::galore:
+    case OptimizerKind::fira:
+      return make_low_rank_adam(options);
+  }
+  fail(ExitCode::usage, "unknown optimizer kind {}", static_cast<int>(options.kind));
+}
+
+OptimizerKind parse_optimizer_kind(std::string_view name) {
+  std::string known;
+  for (const NamedKind& kind : kKinds) {
+    if (kind.name == name) return kind.kind;
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", kind.name);
+  }
+  fail(ExitCode::usage, "optimizer.kind: '{}' is not known; choose one of {}", name, known);
+}
+
+std::string_view to_string(OptimizerKind kind) {
+  for (const NamedKind& named : kKinds)
+    if (named.kind == kind) return named.name;
+  return "unknown";
+}
+
+}  // namespace kiln
