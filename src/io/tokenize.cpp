@@ -105,7 +105,8 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& options) {
   if (tokenizer.eos() < 0)
     fail(ExitCode::data, "{}: has no EOS piece, which ends each document", tokenizer.path().string());
 
-  TokenizeResult result{.vocab = tokenizer.vocab_size()};
+  TokenizeResult result;
+  result.vocab = tokenizer.vocab_size();
   std::unique_ptr<TokenShardWriter> writer;
   auto close = [&] {
     if (writer) writer->finish();

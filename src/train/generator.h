@@ -23,12 +23,14 @@ class Generator {
   Generator(const ModelWeights& weights, std::int64_t positions);
   ~Generator();
 
-  /// Feeds the prompt, then samples up to `count` tokens or until `eos`; calls `emit` for each.
-  /// A usage Error when the prompt is empty or prompt and count exceed the capacity.
+  /// Empties the cache, feeds the prompt, then samples up to `count` tokens or until `eos`, which is not returned;
+  /// calls `emit` for each. A usage Error when the prompt is empty, prompt and count exceed the capacity, or a token is
+  /// outside the vocabulary; a data Error when the logits are not finite.
   std::vector<std::int32_t> run(const std::vector<std::int32_t>& prompt, std::int64_t count, std::int32_t eos,
                                 const SamplingOptions& options, const std::function<void(std::int32_t)>& emit);
 
-  /// Logits [V] after the last of `tokens`, which are appended to the cache.
+  /// Logits [V] after the last of `tokens`, which are appended to the cache; valid until the next call. Runs passes of
+  /// up to 128 tokens; the first of each size records a plan and allocates, later ones do not.
   std::span<const float> feed(std::span<const std::int32_t> tokens);
   /// Empties the cache.
   void reset() { filled_ = 0; }
@@ -42,9 +44,14 @@ class Generator {
   HostTensor rope_table_, first_;
   std::vector<HostTensor> cache_;  // keys and values, layer by layer
   std::vector<std::unique_ptr<Pass>> passes_;
+  std::vector<std::int32_t> scratch_;  // of sampling
 };
 
-/// The index sampled from `logits`, draw number `n` of the options' seed.
+/// The index sampled from `logits`, draw number `n` of the options' seed: softmax(logits / temperature) over the top_k
+/// likeliest tokens, then over the fewest of them that hold top_p of the mass (Holtzman et al. 2020, arXiv:1904.09751).
+/// `scratch` is grown once to the vocabulary and then reused.
+std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& options, std::uint64_t n,
+                          std::vector<std::int32_t>& scratch);
 std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& options, std::uint64_t n);
 
 }  // namespace kiln

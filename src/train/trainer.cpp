@@ -10,6 +10,7 @@
 #include "ops/rope.h"
 #include "report/progress.h"
 #include "report/tensorboard.h"
+#include "train/model_files.h"
 #include "train/schedule.h"
 #include "train/step_bench.h"
 
@@ -121,6 +122,11 @@ void Trainer::resume(const std::filesystem::path& checkpoint) {
   if (communicator_.rank() == 0) log_info("resumed {} at step {}", checkpoint.string(), at_.step);
 }
 
+void Trainer::initialise_from(const std::filesystem::path& model) {
+  load_weights(model, weights_);
+  if (communicator_.rank() == 0) log_info("weights of {}", model.string());
+}
+
 /// Fills this rank's share of the global batch; returns the number of targets that count, over all ranks.
 double Trainer::load_batch() {
   const std::int64_t share = config_.batch.sequences / communicator_.size();
@@ -194,7 +200,7 @@ std::size_t Trainer::memory_bytes() const {
 void Trainer::save(const char* what) {
   if (options_.write_files && communicator_.rank() == 0) {
     save_checkpoint(std::filesystem::path(config_.run.dir) / checkpoint_name(at_.step), run_state(), at_);
-    prune_checkpoints(config_.run.dir, config_.checkpoint.keep);
+    prune_checkpoints(config_.run.dir, static_cast<int>(config_.checkpoint.keep));
     if (outputs_ && outputs_->progress) outputs_->progress->message(fmt::format("{} at step {}", what, at_.step));
   }
   communicator_.barrier();

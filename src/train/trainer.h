@@ -47,6 +47,9 @@ class Trainer {
   /// Goes on from a checkpoint directory.
   void resume(const std::filesystem::path& checkpoint);
 
+  /// Starts at step 0 from the weights of a model directory (a merge, or an import); optimizer states stay empty.
+  void initialise_from(const std::filesystem::path& model);
+
   /// Trains to the configured number of steps: step, log, evaluate, snapshot, checkpoint.
   TrainSummary run();
 

@@ -1,0 +1,66 @@
+#include "train/config.h"
+#include "train/trainer.h"
+
+namespace kiln {
+namespace {
+
+void at_least(std::string_view key, std::int64_t value, std::int64_t least) {
+  check(value >= least, "{}: {}, expected at least {}", key, value, least);
+}
+
+void check_schedule(const ScheduleOptions& s) {
+  check(s.peak_lr > 0, "schedule.peak_lr: {}, expected a positive number", s.peak_lr);
+  at_least("schedule.warmup_steps", s.warmup_steps, 0);
+  at_least("schedule.total_steps", s.total_steps, 1);
+  at_least("schedule.decay_steps", s.decay_steps, 0);
+  check(s.warmup_steps <= s.total_steps, "schedule.warmup_steps: {}, expected at most schedule.total_steps {}",
+        s.warmup_steps, s.total_steps);
+  if (s.kind == ScheduleKind::wsd)
+    check(s.warmup_steps + s.decay_steps <= s.total_steps,
+          "schedule.decay_steps: {} after a warm-up of {}, expected at most {} steps in all", s.decay_steps,
+          s.warmup_steps, s.total_steps);
+  check(s.final_ratio >= 0 && s.final_ratio <= 1, "schedule.final_ratio: {}, expected 0 to 1", s.final_ratio);
+}
+
+}  // namespace
+
+void validate(const Config& config) {
+  check_schedule(config.schedule);
+  at_least("data.seq_len", config.data.seq_len, 1);
+  at_least("batch.sequences", config.batch.sequences, 1);
+  if (config.batch.micro) at_least("batch.micro", *config.batch.micro, 1);
+  if (config.eval.micro) at_least("eval.micro", *config.eval.micro, 1);
+  if (config.run.threads) at_least("run.threads", *config.run.threads, 1);
+  at_least("checkpoint.every", config.checkpoint.every, 0);
+  at_least("checkpoint.keep", config.checkpoint.keep, 0);
+  at_least("snapshots.every", config.snapshots.every, 0);
+  at_least("eval.every", config.eval.every, 0);
+  at_least("eval.tokens", config.eval.tokens, 1);
+  check(config.parallel.zero == 0 || config.parallel.zero == 1, "parallel.zero: {}, expected 0 or 1",
+        config.parallel.zero);
+  check(config.optimizer.clip_norm >= 0, "optimizer.clip_norm: {}, expected at least 0", config.optimizer.clip_norm);
+  make_optimizer(optimizer_options(config));  // checks its own options
+  if (!config.model.preset.empty() || config.model.hidden) model_config(config).validate();
+}
+
+void check_supported(const Config& config) {
+  auto refuse = [](std::string_view setting, std::string_view use) {
+    fail(ExitCode::usage, "{} is not available in this version; use {}", setting, use);
+  };
+  if (config.run.device == Device::cuda) refuse("run.device: cuda", "run.device: cpu");
+  if (config.precision.weights != WeightPrecision::fp32)
+    refuse("precision.weights: bf16_sr", "precision.weights: fp32");
+  if (config.optimizer.states != StatePrecision::fp32)
+    refuse("optimizer.states other than fp32", "optimizer.states: fp32");
+  if (config.memory.update == UpdatePlacement::in_backward)
+    refuse("memory.update: in_backward", "memory.update: after_backward");
+  if (config.memory.recompute == Recompute::norms || config.memory.recompute == Recompute::block)
+    refuse("memory.recompute other than none", "memory.recompute: none");
+  if (config.parallel.zero != 0) refuse("parallel.zero: 1", "parallel.zero: 0");
+  check(!config.run.dir.empty(), "run.dir is missing; name the directory of the run");
+  check(!config.model.preset.empty() || config.model.hidden.has_value(),
+        "model is missing; set model.preset, or model.hidden with the other sizes");
+  check(!config.data.train.empty(), "data.train is missing; name token shards, made with `kiln tokenize`");
+}
+
+}  // namespace kiln
