@@ -1,9 +1,13 @@
 #include "io/checkpoint.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
+#include <cstdio>
+#include <cstring>
 #include <set>
 
 #include "base/error.h"
@@ -69,12 +73,16 @@ void CheckpointWriter::commit() {
   sync_path(temporary_);
 
   const fs::path parent = final_.has_parent_path() ? final_.parent_path() : fs::path(".");
-  const fs::path old = final_.string() + ".tmp-old";
-  if (fs::exists(final_)) fs::rename(final_, old);
-  fs::rename(temporary_, final_);
+  if (fs::exists(final_)) {
+    // One exchange, so that a kill at any moment leaves the old directory or the new one under the final name.
+    if (::renameat2(AT_FDCWD, temporary_.c_str(), AT_FDCWD, final_.c_str(), RENAME_EXCHANGE) != 0)
+      fail(ExitCode::data, "{}: cannot be replaced ({}); remove it first", final_.string(), std::strerror(errno));
+  } else {
+    fs::rename(temporary_, final_);
+  }
   committed_ = true;
   sync_path(parent);
-  fs::remove_all(old);
+  fs::remove_all(temporary_);  // what was exchanged out
 }
 
 std::optional<std::string> checkpoint_fault(const fs::path& directory, ManifestCheck check) {

@@ -22,9 +22,6 @@ constexpr std::array<std::pair<MergeMethod, std::string_view>, 6> kMethods{{{Mer
                                                                             {MergeMethod::ema_closed, "ema-closed"},
                                                                             {MergeMethod::schedule, "schedule"},
                                                                             {MergeMethod::custom, "custom"}}};
-constexpr std::array<std::pair<DecayShape, std::string_view>, 3> kShapes{
-    {{DecayShape::linear, "linear"}, {DecayShape::cosine, "cosine"}, {DecayShape::one_minus_sqrt, "1-sqrt"}}};
-
 template <typename Table, typename Value>
 std::string_view name_of(const Table& table, Value value) {
   const auto* found = std::find_if(table.begin(), table.end(), [&](const auto& row) { return row.first == value; });
@@ -41,18 +38,6 @@ auto value_of(const Table& table, std::string_view name, std::string_view what) 
     fail(ExitCode::usage, "{} '{}' does not exist; use one of {}", what, name, known);
   }
   return found->first;
-}
-
-double shape_at(DecayShape shape, double x) {
-  switch (shape) {
-    case DecayShape::linear:
-      return 1.0 - x;
-    case DecayShape::cosine:
-      return 0.5 * (1.0 + std::cos(std::numbers::pi * x));
-    case DecayShape::one_minus_sqrt:
-      return 1.0 - std::sqrt(x);
-  }
-  fail(ExitCode::usage, "unknown decay shape {}", static_cast<int>(shape));
 }
 
 double total(std::span<const double> weights) { return std::accumulate(weights.begin(), weights.end(), 0.0); }
@@ -96,8 +81,6 @@ std::vector<double> custom_weights(const WeightOptions& options, std::size_t cou
 
 std::string_view to_string(MergeMethod method) { return name_of(kMethods, method); }
 MergeMethod parse_merge_method(std::string_view name) { return value_of(kMethods, name, "merge method"); }
-std::string_view to_string(DecayShape shape) { return name_of(kShapes, shape); }
-DecayShape parse_decay_shape(std::string_view name) { return value_of(kShapes, name, "decay shape"); }
 
 std::vector<double> merge_weights(const WeightOptions& options, std::size_t count) {
   check(count > 0, "no checkpoint to merge; give at least one");
@@ -126,7 +109,7 @@ std::vector<double> decay_factors(DecayShape shape, std::size_t updates, double 
   std::vector<double> decay(updates);
   for (std::size_t j = 0; j < updates; ++j) {
     const double x = static_cast<double>(j + 1) / static_cast<double>(updates + 1);
-    decay[j] = final_ratio + (1.0 - final_ratio) * shape_at(shape, x);
+    decay[j] = final_ratio + (1.0 - final_ratio) * decay_at(shape, x);
   }
   return decay;
 }

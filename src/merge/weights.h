@@ -4,6 +4,8 @@
 #include <string_view>
 #include <vector>
 
+#include "base/decay_shape.h"
+
 namespace kiln {
 
 /// How N checkpoints, oldest first, share the weight of their average ("Model Merging in Pre-training of Large
@@ -17,15 +19,9 @@ enum class MergeMethod {
   custom,      ///< given weights
 };
 
-/// A decay from 1 to `final_ratio` over x in [0, 1]: 1 - x, (1 + cos(pi x)) / 2, 1 - sqrt(x), scaled to the floor.
-enum class DecayShape { linear, cosine, one_minus_sqrt };
-
 /// "sma", "ema-closed", ... as on the command line; a usage Error lists what exists.
 std::string_view to_string(MergeMethod method);
 MergeMethod parse_merge_method(std::string_view name);
-/// "linear", "cosine", "1-sqrt"; a usage Error lists what exists.
-std::string_view to_string(DecayShape shape);
-DecayShape parse_decay_shape(std::string_view name);
 
 struct WeightOptions {
   MergeMethod method = MergeMethod::sma;

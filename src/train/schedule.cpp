@@ -1,24 +1,9 @@
 #include "train/schedule.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numbers>
 
 namespace kiln {
 namespace {
-
-/// 1 at progress 0, 0 at progress 1.
-double decay(DecayShape shape, double progress) {
-  switch (shape) {
-    case DecayShape::linear:
-      return 1.0 - progress;
-    case DecayShape::cosine:
-      return 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
-    case DecayShape::one_minus_sqrt:
-      return 1.0 - std::sqrt(progress);
-  }
-  return 0.0;
-}
 
 /// Steps over which the rate falls.
 std::int64_t decay_length(const ScheduleOptions& s) {
@@ -44,7 +29,7 @@ double learning_rate(const ScheduleOptions& s, std::int64_t step) {
   const DecayShape shape = s.kind == ScheduleKind::cosine   ? DecayShape::cosine
                            : s.kind == ScheduleKind::linear ? DecayShape::linear
                                                             : s.decay_shape;
-  return s.peak_lr * (s.final_ratio + (1.0 - s.final_ratio) * decay(shape, progress));
+  return s.peak_lr * (s.final_ratio + (1.0 - s.final_ratio) * decay_at(shape, progress));
 }
 
 bool in_constant_phase(const ScheduleOptions& s, std::int64_t step) {

@@ -1,10 +1,11 @@
 #pragma once
 #include <cstdint>
 
+#include "base/decay_shape.h"
+
 namespace kiln {
 
 enum class ScheduleKind { constant, linear, cosine, wsd };
-enum class DecayShape { linear, cosine, one_minus_sqrt };
 
 /// Learning rate by step, counted from 1 to total_steps.
 struct ScheduleOptions {

@@ -85,7 +85,7 @@ TEST_CASE("A sequence fed in pieces gives the logits of the whole one", "[genera
 
   const std::span<const std::int32_t> all = tokens;
   generator.reset();
-  for (const auto [begin, count] : {std::pair<std::size_t, std::size_t>{0, 1}, {1, 130}, {131, 69}, {200, 98}})
+  for (const auto& [begin, count] : {std::pair<std::size_t, std::size_t>{0, 1}, {1, 130}, {131, 69}, {200, 98}})
     generator.feed(all.subspan(begin, count));
   generator.feed(all.subspan(298, 1));
   require_close(generator.feed(all.subspan(299, 1)), expected);
