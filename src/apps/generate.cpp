@@ -24,35 +24,32 @@ class TextStream {
  public:
   explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
 
-  void push(std::int32_t token) {
-    tokens_.push_back(token);
-    const std::string text = tokenizer_.decode(tokens_);
-    print(text, complete(text));
+  void push(std::span<const std::int32_t> tokens) {
+    pending_.insert(pending_.end(), tokens.begin(), tokens.end());
+    const std::string text = tokenizer_.decode(pending_);
+    // Byte pieces of an unfinished character decode as U+FFFD.
+    if (!text.ends_with("\xEF\xBF\xBD")) print(text);
   }
   void finish() {
-    const std::string text = tokenizer_.decode(tokens_);
-    print(text, text.size());
+    print(tokenizer_.decode(pending_));
     std::putchar('\n');
     std::fflush(stdout);
   }
 
  private:
-  /// Where the part ends that later tokens cannot change: byte pieces of an unfinished character decode as U+FFFD.
-  static std::size_t complete(std::string_view text) {
-    constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
-    while (text.ends_with(kReplacement)) text.remove_suffix(kReplacement.size());
-    return text.size();
-  }
-  void print(const std::string& text, std::size_t end) {
-    if (end <= printed_) return;
-    std::fwrite(text.data() + printed_, 1, end - printed_, stdout);
+  /// What was printed last stays as context: SentencePiece drops the space before the first word that it decodes.
+  void print(const std::string& text) {
+    if (text.size() > context_bytes_)
+      std::fwrite(text.data() + context_bytes_, 1, text.size() - context_bytes_, stdout);
     std::fflush(stdout);
-    printed_ = end;
+    pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(context_tokens_));
+    context_tokens_ = pending_.size();
+    context_bytes_ = tokenizer_.decode(pending_).size();
   }
 
   const Tokenizer& tokenizer_;
-  std::vector<std::int32_t> tokens_;
-  std::size_t printed_ = 0;
+  std::vector<std::int32_t> pending_;  // context, then tokens not yet printed
+  std::size_t context_tokens_ = 0, context_bytes_ = 0;
 };
 
 Tokenizer open_tokenizer(const GenerateArguments& arguments, std::int64_t vocab) {
@@ -89,15 +86,16 @@ void run(const GenerateArguments& arguments) {
   const Tokenizer tokenizer = open_tokenizer(arguments, weights.config().vocab);
   TextStream stream(tokenizer);
   std::vector<std::int32_t> prompt = tokenizer.encode(arguments.prompt);
-  for (const std::int32_t token : prompt) stream.push(token);
+  stream.push(prompt);
   if (starts_with_bos(tokenizer)) prompt.insert(prompt.begin(), tokenizer.bos());
   const auto positions = static_cast<std::int64_t>(prompt.size()) + arguments.tokens;
   if (positions > weights.config().max_positions)
     log_warning("{} tokens exceed the {} positions that the model was made for; expect worse text", positions,
                 weights.config().max_positions);
   Generator generator(weights, positions);
-  generator.run(prompt, arguments.tokens, tokenizer.eos(), arguments.sampling,
-                [&](std::int32_t token) { stream.push(token); });
+  generator.run(prompt, arguments.tokens, tokenizer.eos(), arguments.sampling, [&](std::int32_t token) {
+    stream.push({&token, 1});
+  });
   stream.finish();
 }
 
