@@ -24,7 +24,9 @@ import torch
 
 STEPS = 26
 STORED = [1, 2, 10, 11, 12, 21, 22, 26]
-RANK, REFRESH, ALPHA, GAMMA, BETA1, BETA2 = 4, 10, 0.25, 1.01, 0.9, 0.999
+RANK, REFRESH, ALPHA, BETA1, BETA2 = 4, 10, 0.25, 0.9, 0.999
+# (weight decay, gamma): at the papers' 1.01 the limiter works in nearly all of so few steps, at 1.1 in some.
+SETTINGS = [(0.0, 1.01), (0.1, 1.1)]
 SHAPES = {"tall": (24, 12), "wide": (12, 24), "square": (16, 16)}
 
 
@@ -35,6 +37,7 @@ def gradient(rows, columns, t):
     g = torch.zeros(rows, columns, dtype=torch.float64)
     for k in range(1, 7):
         g += 0.5**k * torch.sin(1.3 * k * i + 0.11 * k * t + k) * torch.cos(0.9 * k * j + 0.07 * k * t)
+    g *= 1 + 0.03 * (i + j)  # so that every singular vector has one component that is clearly the largest
     g += 0.01 * torch.sin(12.9898 * i + 78.233 * j + 37.719 * t)
     return (g * (1 + 0.5 * math.sin(0.7 * t))).float().double()
 
@@ -72,7 +75,7 @@ def adamw(w, eps, decay):
         yield w
 
 
-def low_rank(w, eps, decay, residual):
+def low_rank(w, eps, decay, gamma, residual):
     """residual: None (GaLore), "paper" or "reference" (Fira)."""
     right = w.shape[0] >= w.shape[1]
     axis = 1 if right else 0  # the rank axis of R
@@ -95,7 +98,7 @@ def low_rank(w, eps, decay, residual):
             kept = ALPHA if residual == "reference" else 1.0
             s = phi * (g - kept * back(r))
             if previous is not None:
-                limiter = max(s.norm() / (previous + 1e-8), GAMMA) / GAMMA
+                limiter = max(s.norm() / (previous + 1e-8), gamma) / gamma
                 limited += bool(limiter > 1)
                 s = s / limiter
             previous = s.norm()
@@ -103,7 +106,7 @@ def low_rank(w, eps, decay, residual):
         w = w - lr * math.sqrt(1 - BETA2**t) / (1 - BETA1**t) * update
         w = w - lr * decay * w
         yield w
-    assert not residual or 3 <= limited <= STEPS - 5, f"the limiter worked {limited} times"
+    assert not residual or limited >= 20 or (gamma > 1.01 and 3 <= limited), f"the limiter worked {limited} times"
 
 
 def check_adamw(shape, eps, decay):
@@ -123,17 +126,17 @@ def main():
     out = parser.parse_args().out
     cases, weights = [], []
     for shape in SHAPES.values():
-        for decay in (0.0, 0.1):
+        for decay, gamma in SETTINGS:
             check_adamw(shape, 1e-8, decay)
             for kind, variant in (("adamw", ""), ("galore", ""), ("fira", "paper"), ("fira", "reference")):
                 eps = 1e-8 if kind == "adamw" else 1e-6
                 w = initial(*shape)
-                trace = adamw(w, eps, decay) if kind == "adamw" else low_rank(w, eps, decay, variant or None)
+                trace = adamw(w, eps, decay) if kind == "adamw" else low_rank(w, eps, decay, gamma, variant or None)
                 weights += [w.numpy().astype("<f4") for t, w in enumerate(trace, start=1) if t in STORED]
                 cases.append({"kind": kind, "variant": variant, "rows": shape[0], "columns": shape[1], "eps": eps,
-                              "weight_decay": decay})
+                              "weight_decay": decay, "gamma": gamma})
     out.mkdir(parents=True, exist_ok=True)
-    header = {"rank": RANK, "refresh": REFRESH, "alpha": ALPHA, "gamma": GAMMA, "beta1": BETA1, "beta2": BETA2,
+    header = {"rank": RANK, "refresh": REFRESH, "alpha": ALPHA, "beta1": BETA1, "beta2": BETA2,
               "steps": STORED, "cases": cases}
     (out / "traces.json").write_text(json.dumps(header, indent=1) + "\n")
     (out / "traces.bin").write_bytes(b"".join(numpy.ascontiguousarray(w).tobytes() for w in weights))

@@ -12,6 +12,7 @@ struct Block {
   std::size_t bytes;
   int first, last;  // nodes between which the bytes are in use, both included
   std::size_t* offset;
+  Role role;
 };
 
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -48,12 +49,13 @@ std::vector<Block> lifetimes(const Plan& plan, int micro_batches, Packing& packi
       life.last = std::max(life.last, micro_end);
     }
     if (value.kept) life.last = node_count;
-    blocks.push_back({aligned(value.spec.bytes()), life.first, life.last, &packing.value_offset[v]});
+    blocks.push_back({aligned(value.spec.bytes()), life.first, life.last, &packing.value_offset[v], value.role});
   }
   for (int n = 0; n < node_count; ++n) {
     const Node& node = plan.nodes()[static_cast<std::size_t>(n)];
     const std::size_t bytes = aligned(node.op->workspace_bytes(plan.input_specs(node)));
-    if (bytes > 0) blocks.push_back({bytes, n, n, &packing.workspace_offset[static_cast<std::size_t>(n)]});
+    if (bytes > 0)
+      blocks.push_back({bytes, n, n, &packing.workspace_offset[static_cast<std::size_t>(n)], Role::workspace});
   }
   return blocks;
 }
@@ -71,7 +73,12 @@ Packing pack(const Plan& plan, int micro_batches) {
     packing.unpacked_bytes += block.bytes;
     for (int n = block.first; n <= block.last; ++n) live[static_cast<std::size_t>(n)] += block.bytes;
   }
-  packing.live_bytes = *std::max_element(live.begin(), live.end());
+  const auto fullest = std::max_element(live.begin(), live.end());
+  packing.live_bytes = *fullest;
+  const auto peak = static_cast<int>(fullest - live.begin());
+  for (const Block& block : blocks)
+    if (block.first <= peak && peak <= block.last)
+      packing.live_by_role[static_cast<std::size_t>(block.role)] += block.bytes;
 
   std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.bytes > b.bytes; });
   std::vector<const Block*> placed;  // ascending by offset

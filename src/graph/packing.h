@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <vector>
 
 #include "graph/plan.h"
@@ -7,11 +8,12 @@ namespace kiln {
 
 /// Where every arena value of a plan lives. Offsets are multiples of 256 bytes.
 struct Packing {
-  std::vector<std::size_t> value_offset;      // by value index; meaningless for external values
-  std::vector<std::size_t> workspace_offset;  // by node index
-  std::size_t arena_bytes = 0;                // exact peak, known before anything runs
-  std::size_t live_bytes = 0;                 // most bytes alive at one node: the lower bound of arena_bytes
-  std::size_t unpacked_bytes = 0;             // what it would take without reuse
+  std::vector<std::size_t> value_offset;               // by value index; meaningless for external values
+  std::vector<std::size_t> workspace_offset;           // by node index
+  std::size_t arena_bytes = 0;                         // exact peak, known before anything runs
+  std::size_t live_bytes = 0;                          // most bytes alive at one node: the lower bound of arena_bytes
+  std::size_t unpacked_bytes = 0;                      // what it would take without reuse
+  std::array<std::size_t, kRoleCount> live_by_role{};  // live_bytes, by Role
 };
 
 /// Assigns offsets so that values alive at the same time never overlap, largest first.

@@ -18,6 +18,7 @@ struct ValueId {
 
 /// Why a value exists; `kiln plan` adds bytes up by it.
 enum class Role { parameter, gradient, state, activation, workspace, input };
+inline constexpr std::size_t kRoleCount = 6;
 std::string_view to_string(Role role);
 
 /// Nodes of `micro` run once a micro-batch; nodes of `update` once a step, after the last micro-batch.

@@ -162,7 +162,11 @@ LlamaConfig from_hf_config(const Json& json, std::string_view file) {
   c.init_std = get_or(json, "initializer_range", file, 0.02);
   c.bos = get_or<std::int64_t>(json, "bos_token_id", file, 1);
   c.eos = get_or<std::int64_t>(json, "eos_token_id", file, 2);
-  c.validate();
+  try {
+    c.validate();
+  } catch (const Error& e) {
+    fail(ExitCode::data, "{}: {}", file, e.what());
+  }
   return c;
 }
 

@@ -74,6 +74,12 @@ std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options) {
   fail(ExitCode::usage, "unknown optimizer kind {}", static_cast<int>(options.kind));
 }
 
+std::vector<OptimizerKind> optimizer_kinds() {
+  std::vector<OptimizerKind> kinds;
+  for (const NamedKind& kind : kKinds) kinds.push_back(kind.kind);
+  return kinds;
+}
+
 OptimizerKind parse_optimizer_kind(std::string_view name) {
   std::string known;
   for (const NamedKind& kind : kKinds) {

@@ -72,6 +72,8 @@ class Optimizer {
 /// The factory: one line a member. A usage Error for options out of range.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options);
 
+/// Every member of the family.
+std::vector<OptimizerKind> optimizer_kinds();
 OptimizerKind parse_optimizer_kind(std::string_view name);
 std::string_view to_string(OptimizerKind kind);
 

@@ -103,7 +103,7 @@ void write_model(CheckpointWriter& writer, const ModelWeights& weights, DType dt
                                               {"bos_token", "<s>"},
                                               {"eos_token", "</s>"},
                                               {"unk_token", "<unk>"},
-                                              {"add_bos_token", true},
+                                              {"add_bos_token", false},  // nor do token shards hold one
                                               {"add_eos_token", false},
                                               {"legacy", false},
                                               {"clean_up_tokenization_spaces", false}});

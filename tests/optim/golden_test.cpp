@@ -1,0 +1,87 @@
+// Traces made by scripts/golden/optimizer_traces.py (PyTorch, f64, exact SVD): 26 steps across two refreshes.
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "catch.h"
+#include "optim/support.h"
+
+using namespace kiln;
+
+namespace {
+
+struct Golden {
+  nlohmann::json header;
+  std::vector<float> weights;
+
+  Golden() {
+    const std::string directory = KILN_GOLDEN_DIR "/optim/";
+    header = nlohmann::json::parse(std::ifstream(directory + "traces.json"));
+    std::ifstream file(directory + "traces.bin", std::ios::binary);
+    const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    weights.resize(bytes.size() / sizeof(float));
+    std::memcpy(weights.data(), bytes.data(), weights.size() * sizeof(float));
+  }
+};
+
+OptimizerOptions options_of(const nlohmann::json& header, const nlohmann::json& item) {
+  OptimizerOptions options;
+  options.kind = parse_optimizer_kind(item["kind"].get<std::string>());
+  options.variant = item["variant"] == "reference" ? FiraVariant::reference : FiraVariant::paper;
+  options.eps = item["eps"];
+  options.weight_decay = item["weight_decay"];
+  options.rank = header["rank"];
+  options.refresh = header["refresh"];
+  options.alpha = header["alpha"];
+  options.gamma = item["gamma"];
+  options.beta1 = header["beta1"];
+  options.beta2 = header["beta2"];
+  options.projector = ProjectorKind::svd;
+  return options;
+}
+
+/// Largest error of the path walked, W - W0, over the stored steps; W itself would hide errors of small steps.
+template <typename T>
+double replay(const nlohmann::json& header, const nlohmann::json& item, std::span<const float> expected) {
+  const std::int64_t rows = item["rows"], columns = item["columns"];
+  const auto size = static_cast<std::size_t>(rows * columns);
+  test::Driver<T> driver(options_of(header, item), test::matrix(rows, columns));
+  test::fill_weights(driver.w(), rows, columns);
+  const std::vector<T> initial(driver.w().begin(), driver.w().end());
+  const std::vector<std::int64_t> stored = header["steps"];
+  double worst = 0;
+  std::size_t next = 0;
+  for (std::int64_t t = 1; t <= stored.back(); ++t) {
+    test::fill_gradient(driver.g(), rows, columns, t);
+    driver.step(t, test::learning_rate(t));
+    if (t != stored[next]) continue;
+    std::vector<double> path(size), wanted(size);
+    for (std::size_t i = 0; i < size; ++i) {
+      path[i] = static_cast<double>(driver.w()[i]) - static_cast<double>(initial[i]);
+      wanted[i] = static_cast<double>(expected[next * size + i]) - static_cast<double>(initial[i]);
+    }
+    worst = std::max(worst, test::relative_error(std::span(path), std::span(wanted)));
+    ++next;
+  }
+  CHECK(next == stored.size());
+  return worst;
+}
+
+}  // namespace
+
+TEST_CASE("optimizers follow the golden traces") {
+  const Golden golden;
+  REQUIRE(golden.header["cases"].size() == 24);
+  const std::size_t steps = golden.header["steps"].size();
+  std::size_t offset = 0;
+  for (const nlohmann::json& item : golden.header["cases"]) {
+    const auto count = steps * item["rows"].get<std::size_t>() * item["columns"].get<std::size_t>();
+    REQUIRE(offset + count <= golden.weights.size());
+    const std::span expected(golden.weights.data() + offset, count);
+    offset += count;
+    INFO(item.dump());
+    CHECK(replay<float>(golden.header, item, expected) < 1e-5);
+    CHECK(replay<double>(golden.header, item, expected) < 1e-6);  // what f32 storage of the trace leaves
+  }
+  CHECK(offset == golden.weights.size());
+}
