@@ -8,9 +8,9 @@ Written from the papers' formulas in fp64, with torch.linalg.svd for the project
   GaLore  Zhao et al. 2024, arXiv:2403.03507
   Fira    Chen et al. 2024, arXiv:2410.01623: `paper` is appendix A.1; `reference` multiplies the back-projection inside
           the residual by alpha too, as the authors' code does
-Weights and gradients come from a formula in i, j and t that the test evaluates itself, so only W after some steps is
-stored: traces.json describes the cases, traces.bin holds the weights as little-endian f32 in the order of the cases,
-then of "steps". Moments are not rotated at a refresh, so the sign of a singular vector matters: the component of
+Weights and gradients come from a formula in i, j and t that the test evaluates itself, so only the path W - W0 after
+some steps is stored: traces.json describes the cases, traces.bin holds the paths as little-endian f32 in the order of
+the cases, then of "steps". Moments are not rotated at a refresh, so the sign of a singular vector matters: the component of
 largest magnitude is positive.
 """
 
@@ -19,7 +19,6 @@ import json
 import math
 import pathlib
 
-import numpy
 import torch
 
 STEPS = 26
@@ -124,7 +123,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("tests/golden/optim"))
     out = parser.parse_args().out
-    cases, weights = [], []
+    cases, paths = [], []
     for shape in SHAPES.values():
         for decay, gamma in SETTINGS:
             check_adamw(shape, 1e-8, decay)
@@ -132,14 +131,14 @@ def main():
                 eps = 1e-8 if kind == "adamw" else 1e-6
                 w = initial(*shape)
                 trace = adamw(w, eps, decay) if kind == "adamw" else low_rank(w, eps, decay, gamma, variant or None)
-                weights += [w.numpy().astype("<f4") for t, w in enumerate(trace, start=1) if t in STORED]
+                paths += [w.numpy() - initial(*shape).numpy() for t, w in enumerate(trace, start=1) if t in STORED]
                 cases.append({"kind": kind, "variant": variant, "rows": shape[0], "columns": shape[1], "eps": eps,
                               "weight_decay": decay, "gamma": gamma})
     out.mkdir(parents=True, exist_ok=True)
     header = {"rank": RANK, "refresh": REFRESH, "alpha": ALPHA, "beta1": BETA1, "beta2": BETA2,
               "steps": STORED, "cases": cases}
     (out / "traces.json").write_text(json.dumps(header, indent=1) + "\n")
-    (out / "traces.bin").write_bytes(b"".join(numpy.ascontiguousarray(w).tobytes() for w in weights))
+    (out / "traces.bin").write_bytes(b"".join(path.astype("<f4").tobytes(order="C") for path in paths))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,15 @@ Executor::Executor(const Plan& plan, int micro_batches)
     const Value& value = plan.values()[v];
     tensors_[v] = {value.external ? nullptr : arena_.data() + packing_.value_offset[v], value.spec};
   }
+  for (std::size_t n = 0; n < bound_.size(); ++n) {
+    const Node& node = plan.nodes()[n];
+    Bound& bound = bound_[n];
+    bound.in.resize(node.in.size());
+    bound.out.resize(node.out.size());
+    for (const ValueId id : node.out) bound.accumulates = bound.accumulates || plan.is_parameter_gradient(id);
+    const auto bytes = static_cast<std::int64_t>(node.op->workspace_bytes(plan.input_specs(node)));
+    bound.workspace = {arena_.data() + packing_.workspace_offset[n], {{bytes}, DType::u8}};
+  }
 }
 
 void Executor::bind(ValueId id, const Tensor& tensor) {
@@ -30,18 +39,11 @@ void Executor::bind(ValueId id, const Tensor& tensor) {
 void Executor::rebind() {
   for (std::size_t n = 0; n < bound_.size(); ++n) {
     const Node& node = plan_.nodes()[n];
-    Bound bound;
-    for (const ValueId id : node.in) {
-      check(tensor(id).data != nullptr, "{}: not bound before the plan runs", plan_.value(id).name);
-      bound.in.push_back(tensor(id));
+    for (std::size_t i = 0; i < node.in.size(); ++i) {
+      bound_[n].in[i] = tensor(node.in[i]);
+      check(bound_[n].in[i].data != nullptr, "{}: not bound before the plan runs", plan_.value(node.in[i]).name);
     }
-    for (const ValueId id : node.out) {
-      bound.out.push_back(tensor(id));
-      bound.accumulates = bound.accumulates || plan_.is_parameter_gradient(id);
-    }
-    const auto bytes = static_cast<std::int64_t>(node.op->workspace_bytes(plan_.input_specs(node)));
-    bound.workspace = {arena_.data() + packing_.workspace_offset[n], {{bytes}, DType::u8}};
-    bound_[n] = std::move(bound);
+    for (std::size_t i = 0; i < node.out.size(); ++i) bound_[n].out[i] = tensor(node.out[i]);
   }
   stale_ = false;
 }

@@ -1,0 +1,240 @@
+#include "train/trainer.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "base/rng.h"
+#include "catch.h"
+#include "core/parallel.h"
+#include "io/checkpoint.h"
+#include "io/shard.h"
+
+// Heap allocations of the whole process, counted while a test asks for it: operator new and malloc alike. The
+// sanitizers bring their own allocator, which must not be replaced.
+#if !defined(__SANITIZE_ADDRESS__)
+namespace {
+std::atomic<long> allocations{0};
+std::atomic<bool> counting{false};
+}  // namespace
+extern "C" void* __libc_malloc(std::size_t size);
+extern "C" void* malloc(std::size_t size) {
+  if (counting.load(std::memory_order_relaxed)) allocations.fetch_add(1, std::memory_order_relaxed);
+  return __libc_malloc(size);
+}
+#endif
+
+namespace kiln {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct TemporaryDirectory {
+  fs::path path;
+  TemporaryDirectory() {
+    std::string pattern = (fs::temp_directory_path() / "kiln-trainer-XXXXXX").string();
+    path = ::mkdtemp(pattern.data());
+  }
+  ~TemporaryDirectory() { fs::remove_all(path); }
+};
+
+/// A shard of tokens with some structure, so that there is something to learn.
+void write_shard(const fs::path& path, std::int64_t tokens, std::int64_t vocab) {
+  TokenShardWriter writer(path, vocab);
+  const Philox random(3, 3);
+  std::vector<std::int32_t> text;
+  std::int64_t token = 1;
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    token = (token * 5 + static_cast<std::int64_t>(random.bits(static_cast<std::uint64_t>(i)) % 3)) % vocab;
+    text.push_back(static_cast<std::int32_t>(token));
+  }
+  writer.append(text);
+  writer.finish();
+}
+
+std::string config_text(const fs::path& dir, const std::string& optimizer) {
+  return fmt::format(
+      "run: {{dir: {0}/run, seed: 3}}\n"
+      "model: {{hidden: 32, ffn: 48, heads: 4, kv_heads: 2, layers: 2, vocab: 64}}\n"
+      "data: {{train: {0}/train.bin, valid: {0}/train.bin, seq_len: 16}}\n"
+      "batch: {{sequences: 12, micro: 2}}\n"
+      "schedule: {{kind: cosine, peak_lr: 0.01, warmup_steps: 3, total_steps: 12}}\n"
+      "optimizer: {{kind: {1}, rank: 8, refresh: 4}}\n"
+      "checkpoint: {{every: 5, keep: 2}}\n"
+      "eval: {{every: 6, tokens: 640}}\n",
+      dir.string(), optimizer);
+}
+
+Config make_config(const fs::path& dir, const std::string& optimizer, std::vector<std::string> overrides = {}) {
+  if (!fs::exists(dir / "train.bin")) write_shard(dir / "train.bin", 4000, 64);
+  return parse_config(config_text(dir, optimizer), "test.yaml", overrides);
+}
+
+/// Every weight and optimizer state, byte for byte.
+std::vector<std::byte> bytes_of(const Trainer& trainer) {
+  std::vector<std::byte> all;
+  auto append = [&](const Tensor& t) {
+    const auto* data = static_cast<const std::byte*>(t.data);
+    all.insert(all.end(), data, data + t.bytes());
+  };
+  for (const Parameter& parameter : trainer.weights().table().parameters) append(trainer.weights().view(parameter));
+  trainer.states().visit([&](const std::string&, const Tensor& t) { append(t); });
+  return all;
+}
+
+TEST_CASE("save and resume is bitwise the same as never stopping, for each optimizer") {
+  for (const std::string optimizer : {"adamw", "galore", "fira"}) {
+    INFO(optimizer);
+    const TemporaryDirectory dir;
+    const auto communicator = make_local_communicator();
+    const TrainerOptions quiet{.quiet = true};
+    const Config config = make_config(dir.path, optimizer);
+    Trainer whole(config, *communicator, {.quiet = true, .write_files = false});
+    whole.run();
+
+    Config first = config;
+    first.run.dir = (dir.path / "split").string();
+    {
+      Trainer part(first, *communicator, quiet);
+      for (int i = 0; i < 7; ++i) part.step();  // past a refresh, in the middle of an interval
+      save_checkpoint(fs::path(first.run.dir) / checkpoint_name(7),
+                      {.weights = part.weights(), .states = part.states(), .config = to_json(first), .tokenizer = {}},
+                      part.at());
+    }
+    Trainer resumed(first, *communicator, quiet);
+    REQUIRE(resumed.resume_latest());
+    CHECK(resumed.at().step == 7);
+    CHECK(resumed.at().position == 7 * 12);
+    resumed.run();
+    CHECK(resumed.at().step == 12);
+    CHECK(bytes_of(resumed) == bytes_of(whole));
+
+    Trainer other(config, *communicator, {.quiet = true, .write_files = false});
+    other.step();
+    CHECK(bytes_of(other) != bytes_of(whole));
+  }
+}
+
+TEST_CASE("micro-batches of any size give the same step") {
+  const TemporaryDirectory dir;
+  const auto communicator = make_local_communicator();
+  std::vector<double> losses;
+  for (const char* micro : {"batch.micro=1", "batch.micro=3", "batch.micro=12"}) {
+    Trainer trainer(make_config(dir.path, "adamw", {micro}), *communicator, {.quiet = true, .write_files = false});
+    for (int i = 0; i < 5; ++i) trainer.step();
+    losses.push_back(trainer.step().loss);
+  }
+  CHECK(losses[1] == Approx(losses[0]).epsilon(1e-6));
+  CHECK(losses[2] == Approx(losses[0]).epsilon(1e-6));
+}
+
+TEST_CASE("one batch is learnt by heart") {
+  const TemporaryDirectory dir;
+  write_shard(dir.path / "train.bin", 2 * 16 + 1, 64);  // two samples
+  const auto communicator = make_local_communicator();
+  for (const std::string optimizer : {"adamw", "fira"}) {
+    const Config config = make_config(
+        dir.path, optimizer,
+        {"batch.sequences=2", "schedule.kind=constant", "schedule.total_steps=300", "schedule.peak_lr=0.02"});
+    Trainer trainer(config, *communicator, {.quiet = true, .write_files = false});
+    double loss = 0;
+    for (int i = 0; i < 300; ++i) loss = trainer.step().loss;
+    INFO(optimizer);
+    CHECK(loss < 0.05);
+  }
+}
+
+TEST_CASE("a loss that is not finite stops the run before the update, with exit code 5") {
+  const TemporaryDirectory dir;
+  const auto communicator = make_local_communicator();
+  Trainer trainer(make_config(dir.path, "adamw"), *communicator, {.quiet = true, .write_files = false});
+  trainer.step();
+  trainer.weights().storage(0).as<float>()[5] = NAN;
+  try {
+    for (int i = 0; i < 20; ++i) trainer.step();
+    FAIL("no error");
+  } catch (const Error& e) {
+    CHECK(e.code() == ExitCode::diverged);
+    CHECK_THAT(std::string(e.what()), ContainsSubstring("the last checkpoint stands"));
+  }
+}
+
+TEST_CASE("a run leaves metrics, pruned checkpoints and snapshots") {
+  const TemporaryDirectory dir;
+  const auto communicator = make_local_communicator();
+  const Config config = make_config(
+      dir.path, "fira", {"snapshots.every=2", "schedule.kind=wsd", "schedule.decay_steps=4", "checkpoint.every=3"});
+  Trainer trainer(config, *communicator, {.quiet = true});
+  const TrainSummary summary = trainer.run();
+  CHECK(summary.at.step == 12);
+  CHECK(summary.valid_loss.has_value());
+  const std::vector<StepMetrics> metrics = read_metrics(fs::path(config.run.dir) / "metrics.jsonl");
+  REQUIRE(metrics.size() == 12);
+  CHECK(metrics[5].valid_loss.has_value());
+  CHECK(metrics[11].loss < metrics[0].loss);
+  std::vector<std::int64_t> steps;
+  for (const fs::path& path : list_checkpoints(config.run.dir)) steps.push_back(checkpoint_step(path).value());
+  CHECK(steps == std::vector<std::int64_t>{9, 12});
+  steps.clear();
+  for (const fs::path& path : list_checkpoints(fs::path(config.run.dir) / "snapshots"))
+    steps.push_back(checkpoint_step(path).value());
+  CHECK(steps == std::vector<std::int64_t>{4, 6, 8});  // after warm-up, before the decay
+}
+
+TEST_CASE("a checkpoint of another optimizer, another model or with a torn file is refused") {
+  const TemporaryDirectory dir;
+  const auto communicator = make_local_communicator();
+  const Config config = make_config(dir.path, "adamw", {"schedule.total_steps=3"});
+  Trainer(config, *communicator, {.quiet = true}).run();
+  const fs::path saved = fs::path(config.run.dir) / checkpoint_name(3);
+  auto message = [&](const Config& other) {
+    try {
+      Trainer(other, *communicator, {.quiet = true}).resume(saved);
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string("no error");
+  };
+  CHECK_THAT(message(make_config(dir.path, "fira")), ContainsSubstring("optimizer state"));
+  CHECK_THAT(message(make_config(dir.path, "adamw", {"model.layers=1"})), ContainsSubstring("parameters"));
+  fs::resize_file(saved / "model.safetensors", 1000);
+  CHECK_THAT(message(config), ContainsSubstring("torn"));
+  Trainer again(config, *communicator, {.quiet = true});
+  CHECK_FALSE(again.resume_latest());
+}
+
+TEST_CASE("ranks that do not divide the batch are refused") {
+  const TemporaryDirectory dir;
+  const Config config = make_config(dir.path, "adamw");
+  CHECK_THROWS_WITH(micro_batch(config, 5), ContainsSubstring("do not divide over 5 ranks"));
+  CHECK_THROWS_WITH(micro_batch(make_config(dir.path, "adamw", {"batch.micro=5"}), 1),
+                    ContainsSubstring("batch.micro: 5"));
+  CHECK(micro_batch(config, 3).sequences == 2);
+}
+
+#if !defined(__SANITIZE_ADDRESS__)
+TEST_CASE("a step allocates nothing after warm-up") {
+  const TemporaryDirectory dir;
+  const auto communicator = make_local_communicator();
+  for (const std::string optimizer : {"adamw", "galore", "fira"}) {
+    const Config config = make_config(dir.path, optimizer, {"optimizer.refresh=1000", "schedule.total_steps=40"});
+    Trainer trainer(config, *communicator, {.quiet = true, .write_files = false});
+    for (int i = 0; i < 3; ++i) trainer.step();
+    allocations = 0;
+    counting = true;
+    for (int i = 0; i < 5; ++i) trainer.step();
+    counting = false;
+    INFO(optimizer);
+    CHECK(allocations.load() == 0);
+    counting = true;
+    void* volatile one = std::malloc(8);  // the counter does count
+    counting = false;
+    std::free(one);
+    CHECK(allocations.load() == 1);
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace kiln
