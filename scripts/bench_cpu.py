@@ -1,248 +1,176 @@
 #!/usr/bin/env python3
-"""Training throughput of kiln and of PyTorch on this CPU, interleaved, on synthetic tokens.
+"""PyTorch's side of scripts/bench_cpu_compare.py: a plain LLaMA training step on the CPU, timed on request.
 
-Usage: python scripts/bench_cpu.py [--kiln build/release/kiln] [--preset llama_9m] [--sequences 8] [--rounds 5]
-                                   [--threads T] [--steps 3] [--record FILE]      (needs PyTorch)
+Usage: python scripts/bench_cpu.py --preset 9m|60m --sequences B [--seq 256] [--threads T] [--steps N]    (needs PyTorch)
+       python scripts/bench_cpu.py ... --serve
 
-Every round measures both, the first one alternating, so that a change of clock or of load reaches both alike. A step is
-forward, backward, clipping to norm 1 and AdamW, all fp32. PyTorch runs eager with scaled_dot_product_attention (causal),
-F.rms_norm, cross_entropy and the faster of AdamW's fused and foreach forms. The ratio is the median of the rounds'
-ratios. "GEMM ceiling" is kiln's rate over the whole step as a share of the best library's 2048^3 GEMM.
+Eager fp32: forward with scaled_dot_product_attention, cross-entropy, backward, clipping by the global norm, AdamW in
+the faster of PyTorch's fused and foreach implementations. Shapes, initial scale and optimizer constants are kiln's.
+Without --serve it prints one JSON object. With it, the first line of output describes the model, and each line
+`step N` of input is answered by a JSON object: `seconds`, the median of N steps that follow two unmeasured ones.
 """
 
 import argparse
-import datetime
 import json
-import os
-import pathlib
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 
 import torch
-import torch.nn.functional as F
+from torch import nn
+from torch.nn import functional as F
 
-VOCAB = 32000
-PRESETS = {  # hidden, ffn, heads, layers
-    "llama_9m": (128, 352, 4, 4),
-    "llama_60m": (512, 1376, 8, 8),
-    "llama_130m": (768, 2048, 12, 12),
+SHAPES = {  # width C, ffn F, heads H, layers L
+    "9m": (128, 352, 4, 4),
+    "60m": (512, 1376, 8, 8),
 }
-
-
-class Norm(torch.nn.Module):
-    def __init__(self, hidden):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
-
-
-def linear(inputs, outputs):
-    return torch.nn.Linear(inputs, outputs, bias=False)
+VOCAB = 32000
+WARM_UP = 2
 
 
 def rotate(x, cos, sin):
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotate-half RoPE; x [B,H,T,D], cos and sin [T,D]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-class Block(torch.nn.Module):
-    def __init__(self, hidden, ffn, heads):
+class Attention(nn.Module):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
-        self.qkv, self.o = linear(hidden, 3 * hidden), linear(hidden, hidden)
-        self.gate, self.up, self.down = linear(hidden, ffn), linear(hidden, ffn), linear(ffn, hidden)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin):
-        batch, length, hidden = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, hidden // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        o = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
-        x = x + self.o(o.transpose(1, 2).reshape(batch, length, hidden))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-class Llama(torch.nn.Module):
-    def __init__(self, hidden, ffn, heads, layers, length):
+class Layer(nn.Module):
+    def __init__(self, width, ffn, heads):
         super().__init__()
-        self.embedding = torch.nn.Embedding(VOCAB, hidden)
-        self.blocks = torch.nn.ModuleList(Block(hidden, ffn, heads) for _ in range(layers))
-        self.norm, self.head = Norm(hidden), linear(hidden, VOCAB)
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, 0, 0.02)
-        size = hidden // heads
-        angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
-        angle = torch.cat((angle, angle), dim=-1)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.gate_proj, self.up_proj = (nn.Linear(width, ffn, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(ffn, width, bias=False)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        y = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+class Llama(nn.Module):
+    def __init__(self, preset, seq):
+        super().__init__()
+        width, ffn, heads, layers = SHAPES[preset]
+        self.embedding = nn.Embedding(VOCAB, width)
+        self.layers = nn.ModuleList(Layer(width, ffn, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, VOCAB, bias=False)
+        frequency = 10000.0 ** (-torch.arange(0, width // heads, 2) / (width // heads))
+        angle = torch.outer(torch.arange(seq), frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos())
         self.register_buffer("sin", angle.sin())
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens):
+    def forward(self, tokens, targets):
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, self.cos, self.sin)
-        return self.head(self.norm(x))
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
 
 
-class TorchTrainer:
-    def __init__(self, preset, sequences, length, steps):
+def flops_per_token(model, preset, seq):
+    """6 * (matmul weights) + 6 L C T, causal; as `kiln bench step` counts them."""
+    width, _, _, layers = SHAPES[preset]
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return 6 * weights + 6 * layers * width * seq
+
+
+class Trainer:
+    def __init__(self, preset, sequences, seq):
         torch.manual_seed(1)
-        self.model = Llama(*PRESETS[preset], length)
-        self.tokens = torch.randint(VOCAB, (sequences, length))
-        self.targets = torch.randint(VOCAB, (sequences * length,))
-        self.steps = steps
-        self.optimizer = None
-        self.kind = None
+        self.model = Llama(preset, seq)
+        self.tokens = torch.randint(VOCAB, (sequences, seq + 1))
+        self.optimizer_kind = self.choose_optimizer()
+        self.optimizer = self.make_optimizer(self.optimizer_kind)
 
-    def use(self, kind):
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.01, **{kind: True})
-        self.kind = kind
-
-    def step(self):
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(self.tokens).flatten(0, 1), self.targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        return loss.item()
+    def make_optimizer(self, kind):
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-3, eps=1e-8, weight_decay=0.0, **{kind: True})
 
     def choose_optimizer(self):
-        """Fused or foreach, whichever updates faster; also warms up."""
         seconds = {}
-        for kind in ("foreach", "fused"):
-            self.use(kind)
-            self.step()
+        for kind in ("fused", "foreach"):
+            self.optimizer = self.make_optimizer(kind)
+            self.step()  # makes the states
             times = []
-            for _ in range(5):
+            for _ in range(3):
+                self.backward()
                 begin = time.perf_counter()
                 self.optimizer.step()
                 times.append(time.perf_counter() - begin)
             seconds[kind] = min(times)
-        self.use(min(seconds, key=seconds.get))
+        return min(seconds, key=seconds.get)
 
-    def measure(self):
-        """Tokens/s at the median step, after one that is not timed."""
-        self.step()
-        times = []
-        for _ in range(self.steps):
-            begin = time.perf_counter()
+    def backward(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
+        loss.backward()
+        return loss
+
+    def step(self):
+        loss = self.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+        return loss.item()
+
+    def measure(self, steps):
+        for _ in range(WARM_UP):
             self.step()
-            times.append(time.perf_counter() - begin)
-        return self.tokens.numel() / statistics.median(times)
+        seconds = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            loss = self.step()
+            seconds.append(time.perf_counter() - begin)
+        median = statistics.median(seconds)
+        return {"seconds": median, "tokens_per_s": self.tokens[:, 1:].numel() / median, "loss": loss}
 
 
-def measure_kiln(arguments):
-    command = [arguments.kiln, "bench", "step", "--preset", arguments.preset]
-    command += ["--sequences", str(arguments.sequences), "--seq", str(arguments.seq), "--steps", str(arguments.steps)]
-    command += ["--threads", str(arguments.threads), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        sys.exit(f"{shlex.join(command)}: exit {done.returncode}\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-def cpu_model():
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def relative_command():
-    """This call, with paths relative to the working directory or, from elsewhere, by their last part."""
-
-    def shorten(word):
-        name, equals, value = word.rpartition("=")
-        if not os.path.isabs(value):
-            return word
-        relative = os.path.relpath(value)
-        return name + equals + (os.path.basename(value) if relative.startswith("..") else relative)
-
-    script = os.path.relpath(os.path.abspath(__file__), pathlib.Path(__file__).resolve().parent.parent)
-    return shlex.join(["python", script, *map(shorten, sys.argv[1:])])
-
-
-def table(arguments, rounds, torch_kind):
-    def cells(pick):
-        values = [pick(r) for r in rounds]
-        return statistics.median(values), min(values), max(values)
-
-    kiln = cells(lambda r: r["kiln"]["tokens_per_s"])
-    pytorch = cells(lambda r: r["torch"])
-    ratio = cells(lambda r: r["kiln"]["tokens_per_s"] / r["torch"])
-    ceiling = cells(lambda r: r["kiln"]["gemm_gflops_ceiling"])
-    fraction = cells(lambda r: 100 * r["kiln"]["gemm_fraction"])
-    library = rounds[0]["kiln"]["gemm_library"]
-    rows = [
-        ("kiln, tokens/s", "{:.0f}", kiln),
-        (f"PyTorch {torch.__version__} eager ({torch_kind} AdamW), tokens/s", "{:.0f}", pytorch),
-        ("kiln / PyTorch, per round", "{:.2f}", ratio),
-        (f"GEMM ceiling ({library}, 2048^3), GFLOP/s", "{:.1f}", ceiling),
-        ("kiln's step, % of the GEMM ceiling", "{:.1f}", fraction),
-    ]
-    lines = [
-        f"## {arguments.preset}, {arguments.sequences} x {arguments.seq} tokens, fp32, CPU",
-        "",
-        f"- date: {datetime.date.today().isoformat()}",
-        f"- CPU: {cpu_model()}, {arguments.threads} threads",
-        f"- rounds: {len(rounds)}, {arguments.steps} timed steps each, kiln and PyTorch alternating",
-        f"- command: `{relative_command()}`",
-        "",
-        "| | median | min | max |",
-        "|---|---:|---:|---:|",
-    ]
-    lines += [f"| {name} | {' | '.join(form.format(v) for v in values)} |" for name, form, values in rows]
-    return "\n".join(lines) + "\n"
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kiln", default="build/release/kiln")
-    parser.add_argument("--preset", choices=PRESETS, default="llama_9m")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--record", type=pathlib.Path, help="append the result to this file as a markdown table")
-    arguments = parser.parse_args()
-    if min(arguments.rounds, arguments.steps, arguments.threads, arguments.sequences, arguments.seq) < 1:
-        parser.error("counts must be at least 1")
-    if not os.access(arguments.kiln, os.X_OK):
-        parser.error(f"--kiln {arguments.kiln}: no such program; build it first")
-    return arguments
+def serve(trainer):
+    for line in sys.stdin:
+        words = line.split()
+        if len(words) != 2 or words[0] != "step" or not words[1].isdigit() or int(words[1]) < 1:
+            sys.exit(f"bench_cpu: input {line.strip()!r}, expected 'step N' with N at least 1")
+        print(json.dumps(trainer.measure(int(words[1]))), flush=True)
 
 
 def main():
-    arguments = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=SHAPES, default="9m")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--serve", action="store_true", help="time steps as lines of standard input ask for them")
+    arguments = parser.parse_args()
+
     torch.set_num_threads(arguments.threads)
-    trainer = TorchTrainer(arguments.preset, arguments.sequences, arguments.seq, arguments.steps)
-    trainer.choose_optimizer()
-    rounds = []
-    for i in range(arguments.rounds):
-        measured = {}
-        for which in ("kiln", "torch") if i % 2 == 0 else ("torch", "kiln"):
-            measured[which] = measure_kiln(arguments) if which == "kiln" else trainer.measure()
-        rounds.append(measured)
-        kiln, pytorch = measured["kiln"]["tokens_per_s"], measured["torch"]
-        print(f"round {i + 1}: kiln {kiln:.0f}, PyTorch {pytorch:.0f} tokens/s, ratio {kiln / pytorch:.2f}", flush=True)
-    text = table(arguments, rounds, trainer.kind)
-    print("\n" + text, end="")
-    if arguments.record:
-        new = not arguments.record.exists()
-        with arguments.record.open("a") as file:
-            file.write(text if new else "\n" + text)
+    trainer = Trainer(arguments.preset, arguments.sequences, arguments.seq)
+    description = {
+        "torch": torch.__version__.split("+")[0],
+        "threads": torch.get_num_threads(),
+        "adamw": trainer.optimizer_kind,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "flops_per_token": flops_per_token(trainer.model, arguments.preset, arguments.seq),
+    }
+    if not arguments.serve:
+        print(json.dumps(description | trainer.measure(arguments.steps)))
+        return
+    print(json.dumps(description), flush=True)
+    serve(trainer)
 
 
 if __name__ == "__main__":

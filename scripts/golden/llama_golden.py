@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 BATCH, LENGTH, STD = 2, 24, 0.2
-SHARED = dict(max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager", bos_token_id=1, eos_token_id=2)
+SHARED = dict(max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager")
 MODELS = {
     "llama_gqa": dict(
         hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
@@ -93,10 +93,12 @@ def make(name, sizes, directory):
 
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)
     (directory / "generation_config.json").unlink(missing_ok=True)
     tensors = {"tokens": tokens.int(), "targets": targets.int(), "logits": logits.float(), "loss": loss.float()[None]}
     tensors |= {f"grad.{key}": gradient.float() for key, gradient in gradients.items()}
     save_file({key: t.contiguous() for key, t in tensors.items()}, directory / "golden.safetensors", {"format": "pt"})
+    (directory / "golden.safetensors").chmod(0o644)
     sizes_kb = {path.name: path.stat().st_size // 1024 for path in sorted(directory.iterdir())}
     print(f"{name}: loss {loss:.6f}, fp32 within {errors[worst]:.1e} ({worst}), KiB {sizes_kb}")
 

@@ -26,7 +26,7 @@ class AdamUpdate final : public UpdateOp {
 
  protected:
   void update(const UpdateArgs& args) const override;
-  std::size_t state_count() const override { return 2; }
+  std::vector<StateSpec> state_specs() const override { return states(parameter()); }
 
  private:
   Options options_;

@@ -241,8 +241,10 @@ void LowRankAdamUpdate::update_as(const UpdateArgs& args) const {
   });
   if (options_.residual == Residual::none) {
     add_projected_back(at, a, q, static_cast<T>(-rate * options_.alpha), w);
-    if (decay != 1.0)
-      for (std::int64_t i = 0; i < at.m * at.n; ++i) w[i] *= static_cast<T>(decay);
+    if (decay == 1.0) return;
+    parallel_for(at.m * at.n, 1 << 14, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) w[i] *= static_cast<T>(decay);
+    });
     return;
   }
 

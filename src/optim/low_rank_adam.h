@@ -23,7 +23,8 @@ enum class Residual {
 /// needs no S, and the update is one skinny GEMM onto W and one pass.
 ///
 /// states projector [min(m,n),r], exp_avg and exp_avg_sq [m,r] or [r,n], and for Fira limiter_norm [1] (0: none yet)
-/// floor  G read twice, W read and written twice: 24 bytes a parameter in f32, and 4 m n r FLOPs
+/// floor  24 bytes a parameter in f32 and 4 m n r FLOPs: G read for R and its norms, then for the pass; W read and
+///        written by the GEMM and by the pass. The CPU kernel reads G once more for the norms: 28. GaLore: 12
 /// paper  GaLore: Zhao et al. 2024, arXiv:2403.03507. Fira: Chen et al. 2024, arXiv:2410.01623
 class LowRankAdamUpdate final : public UpdateOp {
  public:
@@ -46,7 +47,7 @@ class LowRankAdamUpdate final : public UpdateOp {
 
  protected:
   void update(const UpdateArgs& args) const override;
-  std::size_t state_count() const override { return options_.residual == Residual::scaled ? 4 : 3; }
+  std::vector<StateSpec> state_specs() const override { return states(parameter(), options_); }
 
  private:
   template <typename T>

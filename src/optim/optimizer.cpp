@@ -34,16 +34,27 @@ void check_options(const OptimizerOptions& o) {
 
 // Inputs of the node: storage of w, storage of g, scalars, then the parameter's states.
 std::vector<TensorSpec> UpdateOp::infer(std::span<const TensorSpec> in) const {
-  check(in.size() == 3 + state_count(), "{}: {} inputs, expected {}", parameter_.name, in.size(), 3 + state_count());
+  const std::vector<StateSpec> states = state_specs();
+  check(in.size() == 3 + states.size(), "{}: {} inputs, expected {}", parameter_.name, in.size(), 3 + states.size());
   check(in[0] == in[1], "{}: weights {} and gradient {} differ in shape", parameter_.name, in[0].shape.str(),
         in[1].shape.str());
   check(in[2] == scalars_spec(), "{}: the third input must be the step's scalars", parameter_.name);
+  const Shape &storage = in[0].shape, &shape = parameter_.shape;
+  bool fits = storage.rank() == shape.rank() && parameter_.row_begin + shape[0] <= storage[0];
+  for (int axis = 1; fits && axis < shape.rank(); ++axis) fits = storage[axis] == shape[axis];
+  check(fits, "{}: {} from row {} does not fit its storage {}", parameter_.name, shape.str(), parameter_.row_begin,
+        storage.str());
+  for (std::size_t s = 0; s < states.size(); ++s) {
+    const TensorSpec &found = in[3 + s], expected{states[s].spec.shape, in[0].dtype};
+    check(found == expected, "{}.{}: {} {}, expected {} {}", parameter_.name, states[s].name, to_string(found.dtype),
+          found.shape.str(), to_string(expected.dtype), expected.shape.str());
+  }
   return {};
 }
 
 std::vector<int> UpdateOp::mutates() const {
   std::vector<int> list{0, 1};
-  for (std::size_t s = 0; s < state_count(); ++s) list.push_back(static_cast<int>(3 + s));
+  for (std::size_t s = 0; s < state_specs().size(); ++s) list.push_back(static_cast<int>(3 + s));
   return list;
 }
 

@@ -51,7 +51,8 @@ class UpdateOp : public Op {
  protected:
   /// W and its states after one step; the gradient may be used as scratch.
   virtual void update(const UpdateArgs& args) const = 0;
-  virtual std::size_t state_count() const = 0;
+  /// The states it is given, in order; the kernel reads and writes them in the dtype of w.
+  virtual std::vector<StateSpec> state_specs() const = 0;
 
  private:
   Parameter parameter_;

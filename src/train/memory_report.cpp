@@ -82,7 +82,8 @@ std::optional<std::int64_t> largest_rank(Config config, Communicator& communicat
   std::int64_t fits = 0, fails = std::min(model.hidden, model.ffn) + 1;
   while (fails - fits > 1) {
     config.optimizer.rank = (fits + fails) / 2;
-    (packed_memory(config, communicator).total() <= *config.memory.budget ? fits : fails) = config.optimizer.rank;
+    const bool within = packed_memory(config, communicator).total() <= *config.memory.budget;
+    (within ? fits : fails) = config.optimizer.rank;
   }
   return fits > 0 ? std::optional(fits) : std::nullopt;
 }

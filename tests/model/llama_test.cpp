@@ -101,10 +101,10 @@ TEST_CASE("the parameter table holds every element once") {
 }
 
 TEST_CASE("presets have the sizes of the GaLore and Fira papers") {
-  // Counted by the authors' training script for its configuration of each size, except 9m, which is ours.
+  // Exact counts behind the published 58M, 134M, 368M, 1339M and 6738M, as transformers counts them; 9m is ours.
   const std::vector<std::pair<std::string_view, std::int64_t>> published{
-      {"llama_9m", 8996992},     {"llama_60m", 58073600},  {"llama_130m", 134105856},
-      {"llama_350m", 367970304}, {"llama_1b", 1339082752}, {"llama_7b", 6738415616}};
+      {"llama_9m", 8995968},     {"llama_60m", 58073600},  {"llama_130m", 134105856},
+      {"llama_350m", 367969280}, {"llama_1b", 1339082752}, {"llama_7b", 6738415616}};
   CHECK(llama_preset_names().size() == published.size());
   for (const auto& [name, count] : published) {
     INFO(name);

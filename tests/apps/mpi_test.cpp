@@ -1,0 +1,53 @@
+#include <cmath>
+
+#include "apps/program.h"
+#include "catch.h"
+#include "report/metrics.h"
+
+// Runs under mpirun; labelled `mpi` in CTest.
+namespace kiln::test {
+namespace {
+
+std::string launch(int ranks) {
+  return fmt::format(
+      "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 mpirun -n {} --oversubscribe --bind-to none KILN ",
+      ranks);
+}
+
+TEST_CASE("one, two, three and four ranks give the same losses over 50 steps", "[mpi]") {
+  for (const std::string optimizer : {"adamw", "galore", "fira"}) {
+    const Workspace at;
+    const std::string train = "train DIR/c.yaml --quiet optimizer.kind=" + optimizer;
+    REQUIRE(at("KILN " + train + " run.dir=DIR/r1").code == 0);
+    const std::vector<StepMetrics> one = read_metrics(at.dir / "r1/metrics.jsonl");
+    REQUIRE(one.size() == 50);
+    for (const int ranks : {2, 3, 4}) {
+      const Outcome outcome = at(launch(ranks) + train + fmt::format(" run.dir=DIR/r{}", ranks));
+      INFO(outcome.text);
+      REQUIRE(outcome.code == 0);
+      const std::vector<StepMetrics> many = read_metrics(at.dir / fmt::format("r{}/metrics.jsonl", ranks));
+      REQUIRE(many.size() == 50);
+      double worst = 0;
+      for (std::size_t i = 0; i < 50; ++i) worst = std::max(worst, std::abs(many[i].loss / one[i].loss - 1));
+      INFO(optimizer << " on " << ranks << " ranks");
+      CHECK(worst < 1e-6);
+      CHECK(std::abs(many.back().valid_loss.value() / one.back().valid_loss.value() - 1) < 1e-6);
+    }
+  }
+}
+
+TEST_CASE("ranks resume bitwise, and an error on the ranks ends the launch with its code", "[mpi]") {
+  const Workspace at;
+  const std::string train = launch(2) + "train DIR/c.yaml --quiet ";
+  REQUIRE(at(train + "run.dir=DIR/whole schedule.total_steps=20").code == 0);
+  REQUIRE(at(train + "schedule.total_steps=12").code == 0);
+  REQUIRE(at(train + "schedule.total_steps=20").code == 0);
+  const Outcome same = at("cmp DIR/whole/step_00000020/model.safetensors DIR/run/step_00000020/model.safetensors");
+  INFO(same.text);
+  CHECK(same.code == 0);
+  CHECK(at(launch(5) + "train DIR/c.yaml").code == 2);
+  CHECK(at(train + "data.train=DIR/none").code == 3);
+}
+
+}  // namespace
+}  // namespace kiln::test

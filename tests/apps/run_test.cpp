@@ -1,0 +1,81 @@
+#include <cmath>
+
+#include "apps/program.h"
+#include "base/files.h"
+#include "catch.h"
+#include "io/checkpoint.h"
+#include "report/metrics.h"
+
+namespace kiln::test {
+namespace {
+
+std::vector<double> losses(const fs::path& run) {
+  std::vector<double> list;
+  for (const StepMetrics& step : read_metrics(run / "metrics.jsonl")) list.push_back(step.loss);
+  return list;
+}
+
+std::string fingerprint(const fs::path& checkpoint) {
+  return hash_file(checkpoint / "model.safetensors") + hash_file(checkpoint / "optimizer-00000-of-00001.safetensors");
+}
+
+TEST_CASE("train, merge, evaluate, generate, export and report work on one another's files") {
+  const Workspace at;
+  REQUIRE(at("KILN train DIR/c.yaml snapshots.every=10 --quiet").code == 0);
+  REQUIRE(at("KILN merge DIR/run --last 3 --out DIR/merged").code == 0);
+  const Outcome merged = at("KILN eval DIR/merged --data DIR/train.bin --seq-len 16 --json");
+  INFO(merged.text);
+  REQUIRE(merged.code == 0);
+  CHECK(Json::parse(merged.text).at("loss").get<double>() < std::log(64.0));
+  CHECK(at("KILN train DIR/c.yaml run.dir=DIR/more --init-from DIR/merged --quiet").code == 0);
+  CHECK(losses(at.dir / "more").front() < losses(at.dir / "run").front());
+  CHECK(at("KILN export DIR/merged --out DIR/exported --dtype bf16").code == 0);
+  CHECK(at("KILN import DIR/exported --out DIR/imported").code == 0);
+  CHECK(at("KILN eval DIR/imported --data DIR/train.bin --seq-len 16").code == 0);
+  CHECK(at("KILN report DIR/run DIR/more --out DIR/report.html").code == 0);
+  CHECK(fs::file_size(at.dir / "report.html") > 5000);
+  CHECK(at("KILN plan DIR/c.yaml").code == 0);
+  CHECK(at("KILN doctor --json").code == 0);
+  CHECK(at("KILN generate DIR/merged --prompt x").code == 3);  // no tokenizer in it
+}
+
+TEST_CASE("compare trains each optimizer and writes table and plots") {
+  const Workspace at;
+  const Outcome outcome = at(
+      "KILN compare DIR/c.yaml snapshots.every=10 --optimizers adamw,fira --peak-lr 0.001,0.002 --out DIR/cmp --quiet");
+  INFO(outcome.text);
+  REQUIRE(outcome.code == 0);
+  CHECK_THAT(outcome.text, ContainsSubstring("adamw") && ContainsSubstring("fira"));
+  CHECK(fs::is_regular_file(at.dir / "cmp/table.txt"));
+  CHECK(fs::is_regular_file(at.dir / "cmp/report.html"));
+  CHECK(read_json(at.dir / "cmp/fira/summary.json").contains("merged_valid_loss"));
+}
+
+TEST_CASE("SIGTERM saves and exits with 143; the resumed run ends bitwise as one that never stopped") {
+  const Workspace at;
+  const std::string longer = " schedule.total_steps=400 checkpoint.every=0 --quiet";
+  REQUIRE(at("KILN train DIR/c.yaml run.dir=DIR/whole" + longer).code == 0);
+  const Outcome stopped = at("KILN train DIR/c.yaml" + longer + " & sleep 0.4; kill -TERM $!; wait $!");
+  INFO(stopped.text);
+  REQUIRE(stopped.code == 143);
+  const auto saved = list_checkpoints(at.dir / "run");
+  REQUIRE(saved.size() == 1);
+  CHECK(checkpoint_step(saved[0]).value() < 400);
+  REQUIRE(at("KILN train DIR/c.yaml" + longer).code == 0);
+  CHECK(fingerprint(at.dir / "run/step_00000400") == fingerprint(at.dir / "whole/step_00000400"));
+  CHECK(losses(at.dir / "run") == losses(at.dir / "whole"));
+}
+
+TEST_CASE("kill -9 at any moment loses no more than the steps since the last checkpoint") {
+  const Workspace at;
+  const std::string longer = " schedule.total_steps=300 checkpoint.every=3 --quiet";
+  REQUIRE(at("KILN train DIR/c.yaml run.dir=DIR/whole" + longer).code == 0);
+  for (const char* wait : {"0.15", "0.23", "0.31", "0.19", "0.27"})
+    at("KILN train DIR/c.yaml" + longer + " & sleep " + std::string(wait) + "; kill -9 $!; wait $!");
+  REQUIRE(at("KILN train DIR/c.yaml" + longer).code == 0);
+  CHECK(fingerprint(at.dir / "run/step_00000300") == fingerprint(at.dir / "whole/step_00000300"));
+  CHECK(losses(at.dir / "run") == losses(at.dir / "whole"));
+}
+
+}  // namespace
+}  // namespace kiln::test

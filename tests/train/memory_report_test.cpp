@@ -1,0 +1,262 @@
+#include "train/memory_report.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <filesystem>
+
+#include "catch.h"
+#include "graph/packing.h"
+#include "io/shard.h"
+
+using namespace kiln;
+
+namespace {
+
+namespace fs = std::filesystem;
+
+struct TempDir {
+  TempDir() {
+    static std::atomic<int> next{0};
+    path = fs::temp_directory_path() / fmt::format("kiln_memory_{}_{}", ::getpid(), next++);
+    fs::create_directories(path);
+  }
+  ~TempDir() { fs::remove_all(path); }
+  fs::path path;
+};
+
+/// GQA, so that k and v are wide (m < n as stored) and down_proj is, while gate and up are tall.
+Config small_config() {
+  Config config;
+  config.run.name = "small";
+  config.model.hidden = 48;
+  config.model.ffn = 80;
+  config.model.heads = 4;
+  config.model.kv_heads = 2;
+  config.model.layers = 2;
+  config.model.vocab = 100;
+  config.data.seq_len = 32;
+  config.batch.sequences = 12;
+  config.batch.micro = 2;
+  config.optimizer.rank = 8;
+  config.run.dir = "unused";
+  return config;
+}
+
+Config with_kind(Config config, OptimizerKind kind) {
+  config.optimizer.kind = kind;
+  return config;
+}
+
+const OptimizerMemory& of_kind(const MemoryReport& report, OptimizerKind kind) {
+  for (const OptimizerMemory& memory : report.optimizers)
+    if (memory.kind == kind) return memory;
+  FAIL("no such optimizer in the report");
+  return report.optimizers.front();
+}
+
+TrainPlanOptions options_of(const Config& config) {
+  const BatchShape micro = micro_batch(config, 1);
+  return {.model = model_config(config),
+          .optimizer = optimizer_options(config),
+          .micro = micro,
+          .micro_batches = static_cast<int>(config.batch.sequences / micro.sequences)};
+}
+
+/// Bytes of arena activations that are written up to the classifier and read after it, or left by it.
+std::uint64_t activations_kept_for_backward(const Plan& plan) {
+  std::size_t classifier = 0;
+  for (std::size_t n = 0; n < plan.nodes().size(); ++n)
+    if (plan.nodes()[n].op->name() == "classifier_with_gradient") classifier = n;
+  REQUIRE(classifier > 0);
+  std::vector<bool> written(plan.values().size()), read(plan.values().size());
+  for (std::size_t n = 0; n < plan.nodes().size(); ++n)
+    for (const ValueId id : n <= classifier ? plan.nodes()[n].out : plan.nodes()[n].in)
+      (n <= classifier ? written : read)[static_cast<std::size_t>(id.index)] = true;
+  std::uint64_t bytes = 0;
+  for (std::size_t v = 0; v < plan.values().size(); ++v) {
+    const Value& value = plan.values()[v];
+    if (!value.external && value.role == Role::activation && written[v] && (read[v] || value.kept))
+      bytes += value.spec.bytes();
+  }
+  return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("The formulas of optimizer states are those of the papers", "[memory_report]") {
+  const Parameter tall{.name = "w", .shape = {80, 48}, .decay = true, .low_rank = true};
+  const Parameter wide{.name = "w", .shape = {48, 80}, .decay = true, .low_rank = true};
+  const Parameter embedding{.name = "e", .shape = {100, 48}, .decay = true, .low_rank = false};
+  const OptimizerOptions adamw{.kind = OptimizerKind::adamw, .rank = 8},
+      galore{.kind = OptimizerKind::galore, .rank = 8}, fira{.kind = OptimizerKind::fira, .rank = 8};
+  for (const Parameter& parameter : {tall, wide}) {
+    CHECK(state_elements(parameter, adamw) == 2 * 48 * 80);
+    CHECK(state_elements(parameter, galore) == 48 * 8 + 2 * 80 * 8);
+    CHECK(state_elements(parameter, fira) == 48 * 8 + 2 * 80 * 8 + 1);
+  }
+  CHECK(state_elements(tall, {.kind = OptimizerKind::galore, .rank = 1000}) == 48 * 48 + 2 * 80 * 48);  // r = m
+  for (const OptimizerOptions& options : {adamw, galore, fira})
+    CHECK(state_elements(embedding, options) == 2 * 100 * 48);
+}
+
+TEST_CASE("Formula and counted bytes agree to the byte", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  for (const OptimizerKind kind : optimizer_kinds()) {
+    for (const std::int64_t rank : {1, 8, 24, 200}) {
+      CAPTURE(to_string(kind), rank);
+      Config config = with_kind(small_config(), kind);
+      config.optimizer.rank = rank;
+      const TrainPlanOptions options = options_of(config);
+      const TrainPlan plan = record_train_plan(options, *communicator);
+      const MemoryFormula formula = memory_formula(plan, options);
+      CHECK(formula.states == plan.state_bytes());
+      CHECK(formula.states == OptimizerStates(plan).bytes());
+      CHECK(formula.weights == plan.parameter_bytes());
+      CHECK(formula.activations == activations_kept_for_backward(plan.plan));
+      const PackedMemory packed = packed_memory(config, *communicator);
+      CHECK(packed.states == formula.states);
+      CHECK(packed.weights == formula.weights);
+    }
+  }
+}
+
+TEST_CASE("Formula and counted states agree for every preset", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  for (const std::string_view preset : llama_preset_names()) {
+    Config config;
+    config.model.preset = preset;
+    for (const OptimizerKind kind : optimizer_kinds()) {
+      CAPTURE(preset, to_string(kind));
+      const TrainPlanOptions options = options_of(with_kind(config, kind));
+      const TrainPlan plan = record_train_plan(options, *communicator);
+      const MemoryFormula formula = memory_formula(plan, options);
+      CHECK(formula.states == plan.state_bytes());
+      CHECK(formula.weights == plan.parameter_bytes());
+      CHECK(formula.activations == activations_kept_for_backward(plan.plan));
+    }
+  }
+}
+
+TEST_CASE("Tied weights are counted once", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  Config config = with_kind(small_config(), OptimizerKind::fira);
+  const std::uint64_t untied = packed_memory(config, *communicator).weights;
+  config.model.tied = true;
+  const TrainPlanOptions options = options_of(config);
+  const TrainPlan plan = record_train_plan(options, *communicator);
+  CHECK(memory_formula(plan, options).weights == plan.parameter_bytes());
+  CHECK(untied - plan.parameter_bytes() == 4 * 100 * 48);
+  CHECK(memory_formula(plan, options).activations == activations_kept_for_backward(plan.plan));
+}
+
+TEST_CASE("The report is what the trainer allocates", "[memory_report]") {
+  const TempDir temp;
+  std::vector<std::int32_t> tokens(1000, 7);
+  TokenShardWriter shard(temp.path / "data.bin", 100);
+  shard.append(tokens);
+  shard.finish();
+  const auto communicator = make_local_communicator();
+  Config config = small_config();
+  config.data.train = {{(temp.path / "data.bin").string(), 1.0}};
+  config.run.dir = (temp.path / "run").string();
+  for (const bool validated : {false, true}) {
+    if (validated) config.data.valid = config.data.train;
+    for (const OptimizerKind kind : optimizer_kinds()) {
+      CAPTURE(to_string(kind), validated);
+      const Config one = with_kind(config, kind);
+      const PackedMemory packed = packed_memory(one, *communicator);
+      CHECK(packed.total() == Trainer(one, *communicator, {.quiet = true, .write_files = false}).memory_bytes());
+      CHECK((packed.evaluation > 0) == validated);
+    }
+  }
+}
+
+TEST_CASE("The roles at the arena's peak add up", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  for (const int micro_batches : {1, 4}) {
+    TrainPlanOptions options = options_of(with_kind(small_config(), OptimizerKind::fira));
+    options.micro_batches = micro_batches;
+    const Packing packing = pack(record_train_plan(options, *communicator).plan, micro_batches);
+    std::size_t sum = 0;
+    for (const std::size_t bytes : packing.live_by_role) sum += bytes;
+    CHECK(sum == packing.live_bytes);
+    CHECK(packing.live_bytes <= packing.arena_bytes);
+    CHECK(packing.live_by_role[static_cast<std::size_t>(Role::activation)] > 0);
+    CHECK(packing.live_by_role[static_cast<std::size_t>(Role::state)] == 0);
+  }
+}
+
+TEST_CASE("The largest micro-batch and rank stay within the budget", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  Config config = small_config();
+  const MemoryReport open = memory_report(config, *communicator);
+  for (const OptimizerMemory& memory : open.optimizers) {
+    std::vector<std::int64_t> sizes;
+    for (const MicroMemory& row : memory.micro) sizes.push_back(row.micro);
+    CHECK(sizes == std::vector<std::int64_t>{1, 2, 3, 4, 6, 12});  // what divides the share of a rank
+    CHECK(memory.micro[1].bytes == memory.packed.total());
+    CHECK_FALSE(memory.largest_micro);
+  }
+  const OptimizerMemory& fira = of_kind(open, OptimizerKind::fira);
+
+  config.memory.budget = fira.micro[3].bytes;
+  CHECK(of_kind(memory_report(config, *communicator), OptimizerKind::fira).largest_micro == 4);
+  config.memory.budget = fira.micro[3].bytes - 1;
+  CHECK(of_kind(memory_report(config, *communicator), OptimizerKind::fira).largest_micro == 3);
+  config.memory.budget = 1000;
+  const MemoryReport none = memory_report(config, *communicator);
+  CHECK_FALSE(of_kind(none, OptimizerKind::fira).largest_micro);
+  CHECK_FALSE(of_kind(none, OptimizerKind::fira).largest_rank);
+
+  config.memory.budget = fira.packed.total() + 2000;
+  const auto rank = of_kind(memory_report(config, *communicator), OptimizerKind::fira).largest_rank;
+  REQUIRE(rank);
+  CHECK(*rank >= 8);
+  Config one = with_kind(config, OptimizerKind::fira);
+  one.optimizer.rank = *rank;
+  CHECK(packed_memory(one, *communicator).total() <= *config.memory.budget);
+  ++one.optimizer.rank;
+  CHECK(packed_memory(one, *communicator).total() > *config.memory.budget);
+  CHECK_FALSE(of_kind(memory_report(config, *communicator), OptimizerKind::adamw).largest_rank);
+}
+
+TEST_CASE("Presets are judged with the vocabulary of the data", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  Config config = small_config();
+  config.memory.budget = 1'000'000'000;
+  const MemoryReport report = memory_report(config, *communicator);
+  REQUIRE(report.presets.size() == llama_preset_names().size());
+  for (std::size_t p = 0; p < report.presets.size(); ++p) {
+    LlamaConfig model = llama_preset(llama_preset_names()[p]);
+    model.vocab = 100;
+    CHECK(report.presets[p].parameters == model.parameter_count());
+    for (const PresetMemory::Entry& entry : report.presets[p].optimizers)
+      CHECK(entry.largest_micro.has_value() == (entry.smallest.bytes <= 1'000'000'000));
+  }
+  CHECK(report.presets.front().optimizers.front().largest_micro == 12);
+  CHECK_FALSE(report.presets.back().optimizers.front().largest_micro);
+}
+
+TEST_CASE("JSON holds exact bytes and the tables say what fits", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  Config config = small_config();
+  const MemoryReport open = memory_report(config, *communicator);
+  CHECK(to_json(open).at("budget_bytes").is_null());
+  CHECK_THAT(memory_tables(open), !ContainsSubstring("fits"));
+
+  config.memory.budget = of_kind(open, OptimizerKind::adamw).micro[2].bytes;
+  const MemoryReport report = memory_report(config, *communicator);
+  const Json json = to_json(report);
+  CHECK(json.at("parameters") == model_config(config).parameter_count());
+  const Json& adamw = json.at("optimizers").at(0);
+  CHECK(adamw.at("optimizer") == "adamw");
+  CHECK(adamw.at("formula").at("states") == 2 * 4 * model_config(config).parameter_count());
+  CHECK(adamw.at("packed").at("states") == adamw.at("formula").at("states"));
+  CHECK(adamw.at("largest_micro") == 3);
+  CHECK(adamw.at("micro").at(2).at("fits") == true);
+  CHECK(adamw.at("micro").at(3).at("fits") == false);
+  const std::string text = memory_tables(report);
+  for (const char* part : {"mr + 2nr + 1", "largest within", " fits", "   no", "llama_350m"})
+    CHECK_THAT(text, ContainsSubstring(part));
+}
