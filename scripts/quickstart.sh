@@ -20,6 +20,6 @@ if command -v mpirun >/dev/null; then
   launch=(mpirun -n 2 --oversubscribe)
 fi
 rm -rf "$out"
-"${launch[@]}" "$kiln" compare configs/quickstart.yaml --optimizers adamw,galore,fira --peak-lr 0.003,0.01,0.01 --out "$out"
+"${launch[@]}" "$kiln" compare configs/quickstart.yaml --optimizers adamw,galore,fira --peak-lr 0.003,0.02,0.02 --out "$out"
 
 "$kiln" generate "$out/fira/merged" --prompt "The old man looked at the sea and" --tokens 60

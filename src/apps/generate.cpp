@@ -81,6 +81,7 @@ void run(const GenerateArguments& arguments) {
         arguments.prefill);
   check(arguments.prefill == "dense", "--prefill flex: this version has dense prefill only; leave the option out");
   check(!arguments.prompt.empty(), "--prompt: empty; give the text to continue");
+  validate(arguments.sampling);
   set_thread_count(rank_threads({}));
   const ModelWeights weights = load_model(arguments.checkpoint);
   const Tokenizer tokenizer = open_tokenizer(arguments, weights.config().vocab);

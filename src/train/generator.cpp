@@ -12,12 +12,6 @@ namespace {
 
 constexpr std::int64_t kPrefillTokens = 128;  // a pass: enough rows to keep the GEMMs busy, scores stay small
 
-void check_options(const SamplingOptions& o) {
-  check(o.temperature >= 0 && std::isfinite(o.temperature), "temperature: {}, expected at least 0", o.temperature);
-  check(o.top_k >= 0, "top_k: {}, expected at least 0 (0 keeps all tokens)", o.top_k);
-  check(o.top_p > 0 && o.top_p <= 1, "top_p: {}, expected more than 0 and at most 1", o.top_p);
-}
-
 /// exp((logit - max) / temperature): a token's probability up to a common factor.
 class Weights {
  public:
@@ -54,9 +48,15 @@ void restrict_tokens(std::span<const float> logits, const Weights& weight, const
 
 }  // namespace
 
+void validate(const SamplingOptions& o) {
+  check(o.temperature >= 0 && std::isfinite(o.temperature), "temperature: {}, expected at least 0", o.temperature);
+  check(o.top_k >= 0, "top_k: {}, expected at least 0 (0 keeps all tokens)", o.top_k);
+  check(o.top_p > 0 && o.top_p <= 1, "top_p: {}, expected more than 0 and at most 1", o.top_p);
+}
+
 std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& options, std::uint64_t n,
                           std::vector<std::int32_t>& scratch) {
-  check_options(options);
+  validate(options);
   check(!logits.empty(), "no logits to sample from");
   const auto likeliest = std::max_element(logits.begin(), logits.end());
   // A NaN compares false with everything, so the sum shows what the maximum may hide.
@@ -154,7 +154,7 @@ std::span<const float> Generator::feed(std::span<const std::int32_t> tokens) {
 std::vector<std::int32_t> Generator::run(const std::vector<std::int32_t>& prompt, std::int64_t count, std::int32_t eos,
                                          const SamplingOptions& options,
                                          const std::function<void(std::int32_t)>& emit) {
-  check_options(options);
+  validate(options);
   check(!prompt.empty(), "the prompt is empty; give at least one token");
   check(count >= 0, "{} tokens to generate, expected at least 0", count);
   check(static_cast<std::int64_t>(prompt.size()) + count <= positions_,

@@ -15,6 +15,8 @@ struct SamplingOptions {
   double top_p = 1.0;
   std::uint64_t seed = 1;
 };
+/// A usage Error for options out of range.
+void validate(const SamplingOptions& options);
 
 /// Samples tokens from a model with a KV cache. One sequence; not thread-safe; the weights must outlive it.
 class Generator {

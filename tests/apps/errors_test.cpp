@@ -15,7 +15,7 @@ TEST_CASE("usage and configuration errors exit with 2 and name the place") {
   expect(at("KILN"), 2, "subcommand is required");
   expect(at("KILN train DIR/none.yaml"), 2, "no such configuration file");
   expect(at("sed -i 's/peak_lr/peek_lr/' DIR/c.yaml; KILN train DIR/c.yaml"), 2,
-         "c.yaml:5:29: schedule.peek_lr is not a known key; did you mean 'schedule.peak_lr'?");
+         "c.yaml:5:28: schedule.peek_lr is not a known key; did you mean 'schedule.peak_lr'?");
   const Workspace fresh;
   expect(fresh("KILN train DIR/c.yaml optimizer.kind=firra"), 2, "did you mean 'fira'?");
   expect(fresh("KILN train DIR/c.yaml schedule.total_steps=many"), 2, "expected a whole number");
