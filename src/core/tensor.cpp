@@ -1,5 +1,7 @@
 #include "core/tensor.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -39,11 +41,16 @@ Tensor Tensor::rows(std::int64_t first, std::int64_t count) const {
 }
 
 Buffer::Buffer(std::size_t bytes, std::string_view what) : size_(bytes) {
-  const std::size_t rounded = (bytes + 63) / 64 * 64;
+  // Large buffers ask for huge pages: rows of logits or of an arena lie further apart than the TLB reaches otherwise.
+  constexpr std::size_t kHugePage = std::size_t{2} << 20, kLine = 64;
+  const bool large = bytes >= 2 * kHugePage;
+  const std::size_t alignment = large ? kHugePage : kLine;
+  const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
   if (rounded == 0) return;
-  data_.reset(static_cast<std::byte*>(std::aligned_alloc(64, rounded)));
+  data_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)));
   if (!data_)
     fail(ExitCode::resource, "out of memory: {} of {} bytes; use a smaller model or micro-batch", what, bytes);
+  if (large) ::madvise(data_.get(), rounded, MADV_HUGEPAGE);  // a hint; without it only speed is lost
   std::memset(data_.get(), 0, rounded);
 }
 
