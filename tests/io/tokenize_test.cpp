@@ -45,7 +45,11 @@ TokenizeOptions training_on(const Scratch& scratch) {
   std::string text;
   for (int i = 0; i < 100; ++i) text += kFirst + "\f\n" + kSecond + "\n\f\n";
   write_file(scratch / "many.txt", text);
-  return {.inputs = {scratch / "many.txt"}, .out = scratch / "out", .train_vocab = 300};
+  TokenizeOptions options;
+  options.inputs = {scratch / "many.txt"};
+  options.out = scratch / "out";
+  options.train_vocab = 300;
+  return options;
 }
 
 }  // namespace
@@ -66,10 +70,12 @@ TEST_CASE("a text corpus becomes documents, each with an EOS, and a tokenizer be
   // The same tokenizer on other files, into another directory.
   write_file(scratch / "two.txt", kFirst + "\f\n" + kSecond);
   write_file(scratch / "three.jsonl", "{\"text\": \"caf\\u00e9\\n\\f\\nstill one\", \"id\": 3}\n\n{\"text\": \"x\"}\n");
-  const TokenizeResult loaded = tokenize_corpus({.inputs = {scratch / "two.txt", scratch / "three.jsonl"},
-                                                 .out = scratch / "other",
-                                                 .tokenizer = scratch / "out/tokenizer.model",
-                                                 .prefix = "valid"});
+  TokenizeOptions reuse;
+  reuse.inputs = {scratch / "two.txt", scratch / "three.jsonl"};
+  reuse.out = scratch / "other";
+  reuse.tokenizer = scratch / "out/tokenizer.model";
+  reuse.prefix = "valid";
+  const TokenizeResult loaded = tokenize_corpus(reuse);
   CHECK(loaded.documents == 4);
   REQUIRE(loaded.shards == std::vector<std::filesystem::path>{scratch / "other/valid_000.bin"});
   CHECK(tokens_of(loaded.shards[0]) ==
@@ -77,10 +83,9 @@ TEST_CASE("a text corpus becomes documents, each with an EOS, and a tokenizer be
   CHECK(hash_file(scratch / "other/tokenizer.model") == hash_file(scratch / "out/tokenizer.model"));
 
   // And into the directory where that tokenizer already lies.
-  const TokenizeResult beside = tokenize_corpus({.inputs = {scratch / "two.txt"},
-                                                 .out = scratch / "out",
-                                                 .tokenizer = scratch / "out/tokenizer.model",
-                                                 .prefix = "valid"});
+  reuse.inputs = {scratch / "two.txt"};
+  reuse.out = scratch / "out";
+  const TokenizeResult beside = tokenize_corpus(reuse);
   CHECK(tokens_of(beside.shards.at(0)) == expected_tokens(tokenizer, {kFirst, kSecond + "\n"}));
 }
 
