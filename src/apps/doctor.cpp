@@ -62,7 +62,9 @@ std::vector<Finding> examine() {
   const std::uint64_t bytes = std::strtoull(memory.c_str(), nullptr, 10) * 1024;
   const std::string mpi = mpi_library(), mpirun = find_program("mpirun");
   std::vector<Finding> list{
-      {"processor", fmt::format("{}, {} processors", proc_value("/proc/cpuinfo", "model name"), std::thread::hardware_concurrency()), ""},
+      {"processor",
+       fmt::format("{}, {} processors", proc_value("/proc/cpuinfo", "model name"), std::thread::hardware_concurrency()),
+       ""},
       {"vector units", compiled_vectors() + " (compiled in)", ""},
       {"memory", human_bytes(bytes), ""},
       {"compiler", fmt::format("{}", __VERSION__), ""},

@@ -20,9 +20,12 @@ constexpr std::array<Named, 3> kShapes{
 
 double decay_at(DecayShape shape, double x) {
   switch (shape) {
-    case DecayShape::linear: return 1.0 - x;
-    case DecayShape::cosine: return 0.5 * (1.0 + std::cos(std::numbers::pi * x));
-    case DecayShape::one_minus_sqrt: return 1.0 - std::sqrt(x);
+    case DecayShape::linear:
+      return 1.0 - x;
+    case DecayShape::cosine:
+      return 0.5 * (1.0 + std::cos(std::numbers::pi * x));
+    case DecayShape::one_minus_sqrt:
+      return 1.0 - std::sqrt(x);
   }
   return 0.0;
 }

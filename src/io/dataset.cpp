@@ -6,7 +6,6 @@
 
 #include "base/error.h"
 #include "base/rng.h"
-#include "core/parallel.h"
 
 namespace kiln {
 namespace {
@@ -48,8 +47,11 @@ Source open_source(const DataSource& wanted, std::int64_t seq_len, std::int64_t 
     source.shards.push_back(std::move(shard));
   }
   if (source.samples == 0)
-    fail(ExitCode::data, "{}: {} tokens, expected at least {} for one sample of seq_len {}; add data or shorten it",
-         wanted.pattern, source.tokens, seq_len + 1, seq_len);
+    fail(
+        ExitCode::data,
+        "{}: {} tokens in {} shards, expected a shard of at least {} for one sample of seq_len {}; add data or shorten "
+        "it",
+        wanted.pattern, source.tokens, source.shards.size(), seq_len + 1, seq_len);
   return source;
 }
 

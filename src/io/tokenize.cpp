@@ -98,6 +98,7 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& options) {
   check(!options.inputs.empty(), "tokenize: no input; give text files with --input");
   check((options.train_vocab > 0) != !options.tokenizer.empty(),
         "tokenize: give either --train-vocab or --tokenizer, exactly one of them");
+  check(options.shard_tokens >= 1, "tokenize: --shard-tokens {}, expected at least 1", options.shard_tokens);
   for (const fs::path& input : options.inputs)
     if (!fs::is_regular_file(input)) fail(ExitCode::data, "{}: no such file; check the path", input.string());
   fs::create_directories(options.out);

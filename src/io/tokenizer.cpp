@@ -3,6 +3,8 @@
 #include <sentencepiece_processor.h>
 #include <sentencepiece_trainer.h>
 
+#include <unordered_map>
+
 #include "base/error.h"
 
 namespace kiln {
@@ -39,18 +41,47 @@ std::int64_t Tokenizer::vocab_size() const { return impl_->processor.GetPieceSiz
 std::int32_t Tokenizer::bos() const { return impl_->processor.bos_id(); }
 std::int32_t Tokenizer::eos() const { return impl_->processor.eos_id(); }
 
+namespace {
+
+/// The trainer takes its inputs as one line of comma-separated values.
+std::string csv_line(const std::vector<std::filesystem::path>& paths) {
+  std::string line;
+  for (const std::filesystem::path& path : paths) {
+    line += line.empty() ? "\"" : ",\"";
+    for (const char c : path.string()) line += c == '"' ? std::string("\"\"") : std::string(1, c);
+    line += '"';
+  }
+  return line;
+}
+
+}  // namespace
+
 void train_tokenizer(const TokenizerTraining& options) {
-  std::string inputs;
-  for (const std::filesystem::path& input : options.inputs) inputs += (inputs.empty() ? "" : ",") + input.string();
   const std::filesystem::path prefix = std::filesystem::path(options.model).replace_extension();
   if (prefix.has_parent_path()) std::filesystem::create_directories(prefix.parent_path());
-  const auto status = sentencepiece::SentencePieceTrainer::Train(fmt::format(
-      "--input={} --model_prefix={} --vocab_size={} --model_type=bpe --byte_fallback=true "
-      "--normalization_rule_name=identity --remove_extra_whitespaces=false --allow_whitespace_only_pieces=true "
-      "--split_digits=true --unk_id=0 --bos_id=1 --eos_id=2 --pad_id=-1 --character_coverage=0.9995 "
-      "--input_sentence_size={} --shuffle_input_sentence=true --max_sentence_length=16384 --num_threads=4 "
-      "--hard_vocab_limit=true --minloglevel=2",
-      inputs, prefix.string(), options.vocab_size, options.max_sentences));
+  // Named settings, not a command line: that would part paths at blanks, and be logged before minloglevel is read.
+  const std::unordered_map<std::string, std::string> settings{
+      {"minloglevel", "2"},
+      {"input", csv_line(options.inputs)},
+      {"model_prefix", prefix.string()},
+      {"vocab_size", std::to_string(options.vocab_size)},
+      {"model_type", "bpe"},
+      {"byte_fallback", "true"},
+      {"normalization_rule_name", "identity"},
+      {"remove_extra_whitespaces", "false"},
+      {"allow_whitespace_only_pieces", "true"},
+      {"split_digits", "true"},
+      {"unk_id", "0"},
+      {"bos_id", "1"},
+      {"eos_id", "2"},
+      {"pad_id", "-1"},
+      {"character_coverage", "0.9995"},
+      {"input_sentence_size", std::to_string(options.max_sentences)},
+      {"shuffle_input_sentence", "true"},
+      {"max_sentence_length", "16384"},
+      {"num_threads", "4"},
+      {"hard_vocab_limit", "true"}};
+  const auto status = sentencepiece::SentencePieceTrainer::Train(settings);
   if (!status.ok())
     fail(ExitCode::data, "{}: training a tokenizer of {} pieces failed ({})", options.model.string(),
          options.vocab_size, status.message());

@@ -12,40 +12,102 @@
 namespace kiln {
 namespace {
 
-/// Cross-entropy of one row of logits. When `gradient` is set the row becomes scale * (softmax - onehot(target)).
+/// Softmax of one row of logits, left unnormalised: the row becomes e^(logit - max) when `keep` is set.
 template <typename T>
-T cross_entropy_row(T* row, std::int64_t vocab, std::int32_t target, bool gradient, T scale) {
+struct RowSoftmax {
+  T peak, sum;
+};
+template <typename T>
+RowSoftmax<T> softmax_row(T* row, std::int64_t vocab, bool keep) {
   constexpr int kLanes = simd::kLanes<T>;
-  if (target == Classifier::kIgnoredTarget) {
-    if (gradient) std::fill(row, row + vocab, T(0));
-    return 0;
-  }
   simd::Vector<T> most = simd::broadcast(row[0]);
   std::int64_t j = 0;
   for (; j + kLanes <= vocab; j += kLanes) most = simd::max<T>(most, simd::load(row + j));
   T peak = simd::reduce_max<T>(most);
   for (; j < vocab; ++j) peak = std::max(peak, row[j]);
 
-  const T logit = row[target];
   simd::Vector<T> sum{};
   for (j = 0; j + kLanes <= vocab; j += kLanes) {
     const simd::Vector<T> e = simd::exp<T>(simd::load(row + j) - peak);
-    if (gradient) simd::store<T>(row + j, e);
+    if (keep) simd::store<T>(row + j, e);
     sum += e;
   }
   T total = simd::reduce_sum<T>(sum);
   for (; j < vocab; ++j) {
     const T e = std::exp(row[j] - peak);
-    if (gradient) row[j] = e;
+    if (keep) row[j] = e;
     total += e;
   }
-  if (gradient) {
-    const T factor = scale / total;
-    for (j = 0; j < vocab; ++j) row[j] *= factor;
-    row[target] -= scale;
-  }
-  return std::log(total) + peak - logit;
+  return {peak, total};
 }
+
+/// One chunk of tokens. With e the unnormalised softmax and f = scale / sum(e) of a row, dlogits = f e - scale onehot,
+/// so
+///   dx = f (e W) - scale W[target],   dw = e' (f x) - scale x at row target:
+/// the rows of logits are scaled through the narrow x and dx, not in a pass of their own.
+template <typename T>
+struct Chunk {
+  std::int64_t rows, width, vocab;
+  const T *x, *w;
+  const std::int32_t* targets;
+  T *logits, *scaled_x, *factor;  // scratch: [rows,V], [rows,C], [rows]
+  T scale;
+  bool gradient;
+
+  void losses(T* out) const {
+    gemm<T>({.trans_b = Trans::yes,
+             .m = rows,
+             .n = vocab,
+             .k = width,
+             .a = x,
+             .lda = width,
+             .b = w,
+             .ldb = width,
+             .c = logits,
+             .ldc = vocab});
+    parallel_for(rows, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const bool counts = targets[i] != Classifier::kIgnoredTarget;
+        const T logit = counts ? logits[i * vocab + targets[i]] : T(0);
+        const RowSoftmax<T> row = softmax_row(logits + i * vocab, vocab, gradient);
+        out[i] = counts ? std::log(row.sum) + row.peak - logit : T(0);
+        factor[i] = counts ? scale / row.sum : T(0);
+      }
+    });
+  }
+
+  void input_gradient(T* dx) const {
+    gemm<T>(
+        {.m = rows, .n = width, .k = vocab, .a = logits, .lda = vocab, .b = w, .ldb = width, .c = dx, .ldc = width});
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const bool counts = targets[i] != Classifier::kIgnoredTarget;
+      const T* target = w + (counts ? targets[i] : 0) * width;
+      const T share = counts ? scale : T(0);
+      for (std::int64_t c = 0; c < width; ++c) {
+        dx[i * width + c] = factor[i] * dx[i * width + c] - share * target[c];
+        scaled_x[i * width + c] = factor[i] * x[i * width + c];
+      }
+    }
+  }
+
+  void weight_gradient(T* dw, bool accumulate) const {
+    gemm<T>({.trans_a = Trans::yes,
+             .m = vocab,
+             .n = width,
+             .k = rows,
+             .a = logits,
+             .lda = vocab,
+             .b = scaled_x,
+             .ldb = width,
+             .c = dw,
+             .ldc = width,
+             .beta = accumulate ? T(1) : T(0)});
+    for (std::int64_t i = 0; i < rows; ++i) {
+      if (targets[i] == Classifier::kIgnoredTarget) continue;
+      for (std::int64_t c = 0; c < width; ++c) dw[targets[i] * width + c] -= scale * x[i * width + c];
+    }
+  }
+};
 
 }  // namespace
 
@@ -71,14 +133,9 @@ void Classifier::gradient(GradientContext& context) const {
   if (context.needs_gradient(1)) context.set_grad_in(1, context.out(2));
 }
 
-std::int64_t Classifier::chunk_tokens(std::int64_t width) const {
-  if (options_.chunk_tokens > 0) return options_.chunk_tokens;
-  return width < 256 ? 96 : 252;
-}
-
 std::size_t Classifier::workspace_bytes(std::span<const TensorSpec> in) const {
-  const std::int64_t rows = std::min(chunk_tokens(in[0].shape[1]), in[0].shape[0]);
-  return static_cast<std::size_t>(rows * in[1].shape[0]) * size_of(in[0].dtype);
+  const std::int64_t rows = std::min(options_.chunk_tokens, in[0].shape[0]);
+  return static_cast<std::size_t>(rows * (in[1].shape[0] + in[0].shape[1] + 1)) * size_of(in[0].dtype);
 }
 
 Cost Classifier::cost(std::span<const TensorSpec> in) const {
@@ -89,53 +146,25 @@ Cost Classifier::cost(std::span<const TensorSpec> in) const {
 
 void Classifier::run_cpu(const KernelArgs& args) const {
   const std::int64_t n = args.in[0].shape()[0], width = args.in[0].shape()[1], vocab = args.in[1].shape()[0];
-  const std::int64_t chunk = chunk_tokens(width);
-  const std::int32_t* targets = args.in[2].as<std::int32_t>();
+  const std::int64_t most = std::min(options_.chunk_tokens, n);
   visit_real(args.in[0].dtype(), [&]<typename T>() {
-    const T* w = args.in[1].as<T>();
-    T* losses = args.out[0].as<T>();
-    T* logits = static_cast<T*>(args.workspace.data);
-    const T scale = static_cast<T>(scalar(args.in[3], Scalar::loss_scale));
-    for (std::int64_t first = 0; first < n; first += chunk) {
-      const std::int64_t rows = std::min(chunk, n - first);
-      const T* x = args.in[0].as<T>() + first * width;
-      gemm<T>({.trans_b = Trans::yes,
-               .m = rows,
-               .n = vocab,
-               .k = width,
-               .a = x,
-               .lda = width,
-               .b = w,
-               .ldb = width,
-               .c = logits,
-               .ldc = vocab});
-      parallel_for(rows, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i)
-          losses[first + i] =
-              cross_entropy_row(logits + i * vocab, vocab, targets[first + i], options_.gradient, scale);
-      });
+    T* const logits = static_cast<T*>(args.workspace.data);
+    for (std::int64_t first = 0; first < n; first += most) {
+      const Chunk<T> chunk{.rows = std::min(most, n - first),
+                           .width = width,
+                           .vocab = vocab,
+                           .x = args.in[0].as<T>() + first * width,
+                           .w = args.in[1].as<T>(),
+                           .targets = args.in[2].as<std::int32_t>() + first,
+                           .logits = logits,
+                           .scaled_x = logits + most * vocab,
+                           .factor = logits + most * (vocab + width),
+                           .scale = static_cast<T>(scalar(args.in[3], Scalar::loss_scale)),
+                           .gradient = options_.gradient};
+      chunk.losses(args.out[0].as<T>() + first);
       if (!options_.gradient) continue;
-      gemm<T>({.m = rows,
-               .n = width,
-               .k = vocab,
-               .a = logits,
-               .lda = vocab,
-               .b = w,
-               .ldb = width,
-               .c = args.out[1].as<T>() + first * width,
-               .ldc = width});
-      const bool accumulate = args.accumulate || first > 0;
-      gemm<T>({.trans_a = Trans::yes,
-               .m = vocab,
-               .n = width,
-               .k = rows,
-               .a = logits,
-               .lda = vocab,
-               .b = x,
-               .ldb = width,
-               .c = args.out[2].as<T>(),
-               .ldc = width,
-               .beta = accumulate ? T(1) : T(0)});
+      chunk.input_gradient(args.out[1].as<T>() + first * width);
+      chunk.weight_gradient(args.out[2].as<T>(), args.accumulate || first > 0);
     }
   });
 }

@@ -209,7 +209,7 @@ std::vector<OpCase> cases() {
           swiglu_case(3, 5),
           swiglu_case(9, 37),
           classifier_case(9, 23, 6, 4),
-          classifier_case(7, 40, 5, 0)};
+          classifier_case(7, 40, 5, 384)};
 }
 
 TEST_CASE("every op equals its plain fp64 reference") {
