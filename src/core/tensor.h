@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "core/dtype.h"
 
@@ -21,6 +22,8 @@ class Shape {
   int rank() const { return rank_; }
   std::int64_t operator[](int axis) const { return sizes_[static_cast<std::size_t>(axis)]; }
   std::int64_t numel() const;
+  /// As files write it.
+  std::vector<std::int64_t> sizes() const { return {sizes_.begin(), sizes_.begin() + rank_}; }
   bool operator==(const Shape& other) const = default;
   /// "[2,3]"
   std::string str() const;

@@ -5,6 +5,7 @@
 
 #include "core/parallel.h"
 #include "graph/parameter.h"
+#include "optim/squared_sum.h"
 
 namespace kiln {
 namespace {
@@ -12,21 +13,6 @@ namespace {
 constexpr std::int64_t kBlock = 4096;  // elements summed by one thread at a time
 
 std::int64_t block_count(std::int64_t elements) { return (elements + kBlock - 1) / kBlock; }
-
-template <typename T>
-double squared_sum(const T* x, std::int64_t n) {
-  double lanes[8] = {};
-  std::int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int l = 0; l < 8; ++l) {
-      const double value = static_cast<double>(x[i + l]);
-      lanes[l] += value * value;
-    }
-  double total = 0;
-  for (const double lane : lanes) total += lane;
-  for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return total;
-}
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 #include "core/parallel.h"
 #include "ops/gemm.h"
 #include "optim/adam.h"
+#include "optim/squared_sum.h"
 
 namespace kiln {
 namespace {
@@ -31,20 +32,7 @@ template <typename T>
 void squared_norms(const T* x, std::int64_t rows, std::int64_t columns, bool vectors_are_rows, double* sum) {
   if (vectors_are_rows) {
     parallel_for(rows, 16, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        double lanes[8] = {};
-        std::int64_t j = 0;
-        for (; j + 8 <= columns; j += 8)
-          for (int l = 0; l < 8; ++l) {
-            const double value = static_cast<double>(x[i * columns + j + l]);
-            lanes[l] += value * value;
-          }
-        double total = 0;
-        for (const double lane : lanes) total += lane;
-        for (; j < columns; ++j)
-          total += static_cast<double>(x[i * columns + j]) * static_cast<double>(x[i * columns + j]);
-        sum[i] = total;
-      }
+      for (std::int64_t i = begin; i < end; ++i) sum[i] = squared_sum(x + i * columns, columns);
     });
     return;
   }

@@ -25,15 +25,9 @@ void append_weights(SafetensorsWriter& out, const Tensor& tensor, DType dtype) {
   }
 }
 
-std::vector<std::int64_t> sizes(const Shape& shape) {
-  std::vector<std::int64_t> list;
-  for (int i = 0; i < shape.rank(); ++i) list.push_back(shape[i]);
-  return list;
-}
-
 void read_entry(const SafetensorsReader& file, const SafetensorEntry& entry, const Parameter& parameter,
                 const Tensor& target) {
-  if (entry.shape != sizes(parameter.shape))
+  if (entry.shape != parameter.shape.sizes())
     fail(ExitCode::data, "{}: tensor '{}' has shape [{}], expected {} from config.json", file.path().string(),
          entry.name, fmt::join(entry.shape, ","), parameter.shape.str());
   const std::span<float> out = target.span<float>();
@@ -86,7 +80,7 @@ void write_model(CheckpointWriter& writer, const ModelWeights& weights, DType dt
   std::vector<SafetensorsWriter::Item> items;
   std::map<std::string, const Parameter*> by_name;
   for (const Parameter& parameter : weights.table().parameters) {
-    items.push_back({parameter.name, dtype, sizes(parameter.shape)});
+    items.push_back({parameter.name, dtype, parameter.shape.sizes()});
     by_name[parameter.name] = &parameter;
   }
   SafetensorsWriter out(writer.directory() / "model.safetensors", items);

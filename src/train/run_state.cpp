@@ -21,17 +21,11 @@ Json position_json(const RunState& state, const RunPosition& at) {
           {"config", state.config}};
 }
 
-std::vector<std::int64_t> sizes(const Shape& shape) {
-  std::vector<std::int64_t> list;
-  for (int i = 0; i < shape.rank(); ++i) list.push_back(shape[i]);
-  return list;
-}
-
 void write_states(const std::filesystem::path& path, const OptimizerStates& states) {
   std::vector<SafetensorsWriter::Item> items;
   std::map<std::string, Tensor> by_name;
   states.visit([&](const std::string& name, const Tensor& tensor) {
-    items.push_back({name, tensor.dtype(), sizes(tensor.shape())});
+    items.push_back({name, tensor.dtype(), tensor.shape().sizes()});
     by_name[name] = tensor;
   });
   SafetensorsWriter out(path, items);
@@ -47,7 +41,7 @@ void read_states(const std::filesystem::path& path, const OptimizerStates& state
   std::size_t count = 0;
   states.visit([&](const std::string& name, const Tensor& tensor) {
     const SafetensorEntry* entry = file.find(name);
-    if (entry == nullptr || entry->dtype != tensor.dtype() || entry->shape != sizes(tensor.shape()))
+    if (entry == nullptr || entry->dtype != tensor.dtype() || entry->shape != tensor.shape().sizes())
       fail(ExitCode::data, "{}: optimizer state '{}' {}; resume with the configuration that wrote it, or --resume none",
            path.string(), name,
            entry == nullptr
