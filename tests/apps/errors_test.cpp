@@ -32,7 +32,7 @@ TEST_CASE("bad data exits with 3 and names the file") {
   expect(at("head -c 2048 /dev/zero > DIR/zero.bin; KILN train DIR/c.yaml data.train=DIR/zero.bin"), 3,
          "it is no token shard");
   expect(at("KILN train DIR/c.yaml model.vocab=30"), 3, "expected less than the vocabulary of 30");
-  expect(at("KILN train DIR/c.yaml data.seq_len=5000 "), 3, "expected at least 5001 for one sample");
+  expect(at("KILN train DIR/c.yaml data.seq_len=5000 "), 3, "at least 5001 for one sample");
   expect(at("KILN eval DIR/none --data DIR/train.bin"), 3, "no such model directory");
 }
 
