@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "io/shard.h"
 #include "io/tokenizer.h"
 
@@ -92,6 +93,10 @@ Tokenizer prepare_tokenizer(const TokenizeOptions& options) {
   return Tokenizer(model);
 }
 
+fs::path shard_path(const TokenizeOptions& options, std::size_t index) {
+  return options.out / fmt::format("{}_{:03}.bin", options.prefix, index);
+}
+
 }  // namespace
 
 TokenizeResult tokenize_corpus(const TokenizeOptions& options) {
@@ -118,7 +123,7 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& options) {
       std::vector<std::int32_t> tokens = tokenizer.encode(text);
       tokens.push_back(tokenizer.eos());
       if (!writer) {
-        result.shards.push_back(options.out / fmt::format("{}_{:03}.bin", options.prefix, result.shards.size()));
+        result.shards.push_back(shard_path(options, result.shards.size()));
         writer = std::make_unique<TokenShardWriter>(result.shards.back(), result.vocab);
       }
       writer->append(tokens);
@@ -127,6 +132,11 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& options) {
       if (writer->size() >= options.shard_tokens) close();
     });
   close();
+  // Shards of an earlier, longer run would silently join this one under the pattern PREFIX*.
+  for (std::size_t i = result.shards.size(); fs::exists(shard_path(options, i)); ++i) {
+    log_warning("{}: removed, left by an earlier run", shard_path(options, i).string());
+    fs::remove(shard_path(options, i));
+  }
   return result;
 }
 

@@ -20,10 +20,10 @@ struct TokenizeResult {
   std::vector<std::filesystem::path> shards;
 };
 
-/// Encodes a corpus into `OUT/PREFIX_000.bin`, `_001`, ... and leaves the tokenizer as `OUT/tokenizer.model`.
-/// A .txt file holds documents separated by lines with a form feed alone; a .jsonl file one {"text": ...} a line.
-/// Each document is followed by EOS, so packed sequences know its end. A data Error names the file (and line) that is
-/// missing, empty or not valid.
+/// Encodes a corpus into `OUT/PREFIX_000.bin`, `_001`, ... (later ones of an earlier run are removed) and leaves the
+/// tokenizer as `OUT/tokenizer.model`. A .txt file holds documents separated by lines with a form feed alone; a .jsonl
+/// file one {"text": ...} a line. Each document is followed by EOS, so packed sequences know its end. A data Error
+/// names the file (and line) that is missing, empty or not valid.
 TokenizeResult tokenize_corpus(const TokenizeOptions& options);
 
 }  // namespace kiln

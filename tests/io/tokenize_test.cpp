@@ -106,6 +106,10 @@ TEST_CASE("shards are cut at the first document end past their size") {
     tokens += static_cast<std::int64_t>(shard.size());
   }
   CHECK(tokens == whole);
+  // A later run in one shard leaves none of the old ones to be read with it.
+  options.shard_tokens = whole;
+  tokenize_corpus(options);
+  CHECK_FALSE(std::filesystem::exists(cut.shards[1]));
 }
 
 TEST_CASE("nothing but shards and the tokenizer is left in the directory") {
