@@ -84,6 +84,10 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       rope_table_({{config.data.seq_len, model_.head_dim}, DType::f32}),
       scalars_(scalars_spec()),
       executor_(train_.plan, micro_batches()) {
+  // Found out now, not at the first checkpoint.
+  if (!config.data.tokenizer.empty() && !std::filesystem::is_regular_file(config.data.tokenizer))
+    fail(ExitCode::data, "data.tokenizer: {}: no such file; make it with `kiln tokenize`, or leave the key out",
+         config.data.tokenizer);
   initialise(weights_, config.run.seed);
   fill_rope_table(rope_table_.view(), model_.rope_base);
   for (std::size_t s = 0; s < train_.values.storages.size(); ++s)

@@ -33,6 +33,7 @@ TEST_CASE("bad data exits with 3 and names the file") {
          "it is no token shard");
   expect(at("KILN train DIR/c.yaml model.vocab=30"), 3, "expected less than the vocabulary of 30");
   expect(at("KILN train DIR/c.yaml data.seq_len=5000 "), 3, "at least 5001 for one sample");
+  expect(at("KILN train DIR/c.yaml data.tokenizer=DIR/none.model"), 3, "none.model: no such file");
   expect(at("KILN eval DIR/none --data DIR/train.bin"), 3, "no such model directory");
 }
 
