@@ -1,6 +1,8 @@
 #include "ops/gemm.h"
 
 #include <algorithm>
+#include <cstring>
+#include <utility>
 
 #include "core/parallel.h"
 #include "core/tensor.h"
@@ -17,32 +19,28 @@ using tiles::Strides;
 using tiles::Tile;
 
 template <typename T>
-constexpr std::int64_t kBlockRows = 40 * Tile<T>::kRows;  // mc, for packed A
+constexpr std::int64_t kBlockColumns = 16 * Tile<T>::kColumns;  // nc: 786 KB of B in L2 with AVX-512
 template <typename T>
-constexpr std::int64_t kBlockColumns = 24 * Tile<T>::kColumns;  // nc: 1.2 MB of B in L2 with AVX-512
+constexpr std::int64_t kPackedRows = 4 * Tile<T>::kRows;  // of A', so that whole lines are read
 
-/// Packs A' (stored [k, m]) into panels [depth, MR].
+/// Packs `rows` columns of A' (stored [k, m]) into panels [depth, MR].
 template <typename T>
-void pack_a(const GemmArgs<T>& g, std::int64_t k0, std::int64_t depth, std::int64_t m0, std::int64_t rows, T* out) {
+void pack_a(const T* a, std::int64_t lda, std::int64_t depth, std::int64_t rows, T* out) {
   constexpr std::int64_t kMr = Tile<T>::kRows;
-  for (std::int64_t i = 0; i < rows; i += kMr, out += depth * kMr) {
-    const std::int64_t height = std::min(kMr, rows - i);
-    const T* a = g.a + k0 * g.lda + m0 + i;
-    if (height == kMr) {
-      for (std::int64_t k = 0; k < depth; ++k)
-#pragma GCC unroll 16
-        for (std::int64_t r = 0; r < kMr; ++r) out[k * kMr + r] = a[k * g.lda + r];
-    } else {
-      for (std::int64_t k = 0; k < depth; ++k)
-        for (std::int64_t r = 0; r < height; ++r) out[k * kMr + r] = a[k * g.lda + r];
+  for (std::int64_t k = 0; k < depth; ++k, a += lda, out += kMr)
+    for (std::int64_t i = 0; i < rows; i += kMr) {
+      // A size known to the compiler becomes vector moves.
+      if (i + kMr <= rows)
+        std::memcpy(out + i * depth, a + i, kMr * sizeof(T));
+      else
+        std::memcpy(out + i * depth, a + i, static_cast<std::size_t>(rows - i) * sizeof(T));
     }
-  }
 }
 
 /// Packed panels of one thread, allocated at its first call.
 template <typename T>
 struct Scratch {
-  Buffer a{static_cast<std::size_t>(kBlockRows<T> * Tile<T>::kDepth) * sizeof(T), "GEMM panels"};
+  Buffer a{static_cast<std::size_t>(kPackedRows<T> * Tile<T>::kDepth) * sizeof(T), "GEMM panels"};
   Buffer b{static_cast<std::size_t>(kBlockColumns<T> * Tile<T>::kDepth) * sizeof(T), "GEMM panels"};
 };
 
@@ -58,20 +56,21 @@ struct Grid {
   std::int64_t rows = 1, columns = 1;
 };
 
-/// Splits C between threads so that the largest share of tiles is least; ties prefer columns, where no packing repeats.
+/// Splits C between threads so that the largest share of tiles is least; ties go to the least reading, since every row
+/// of the grid packs B again and every column reads A again.
 template <typename T>
-Grid choose_grid(std::int64_t m, std::int64_t n, std::int64_t threads) {
-  const std::int64_t tile_rows = (m + Tile<T>::kRows - 1) / Tile<T>::kRows;
-  const std::int64_t tile_columns = (n + Tile<T>::kColumns - 1) / Tile<T>::kColumns;
+Grid choose_grid(const GemmArgs<T>& g, std::int64_t threads) {
+  const std::int64_t tile_rows = (g.m + Tile<T>::kRows - 1) / Tile<T>::kRows;
+  const std::int64_t tile_columns = (g.n + Tile<T>::kColumns - 1) / Tile<T>::kColumns;
   Grid best;
-  std::int64_t least = -1;
+  std::pair<std::int64_t, std::int64_t> least{-1, 0};
   for (std::int64_t rows = 1; rows <= threads; ++rows) {
     const std::int64_t columns = threads / rows;
     const std::int64_t share = ((tile_rows + rows - 1) / rows) * ((tile_columns + columns - 1) / columns);
-    if (least < 0 || share < least) {
-      best = {rows, columns};
-      least = share;
-    }
+    const std::pair cost{share, rows * g.n + columns * g.m};
+    if (least.first >= 0 && cost >= least) continue;
+    best = {rows, columns};
+    least = cost;
   }
   return best;
 }
@@ -95,22 +94,21 @@ void gemm_single(const GemmArgs<T>& g) {
       const std::int64_t depth = std::min(depth_step, g.k - k0);
       tiles::pack<T>({g.trans_b, g.b + (g.trans_b == Trans::no ? k0 * g.ldb + n0 : n0 * g.ldb + k0), g.ldb}, depth,
                      columns, packed_b);
-      for (std::int64_t m0 = 0; m0 < g.m; m0 += kBlockRows<T>) {
-        const std::int64_t rows = std::min(kBlockRows<T>, g.m - m0);
-        if (!in_place) pack_a(g, k0, depth, m0, rows, packed_a);
-        const T* a = in_place ? g.a + m0 * g.lda + k0 : packed_a;
-        for (std::int64_t i = 0; i < rows; i += kMr)
-          tiles::TileRow<T>{.rows = std::min(kMr, rows - i),
-                            .columns = columns,
-                            .depth = depth,
-                            .a = a + i * (in_place ? g.lda : depth),
-                            .stride = in_place ? Strides{g.lda, 1} : Strides{1, kMr},
-                            .panels = packed_b,
-                            .alpha = g.alpha,
-                            .beta = k0 == 0 ? g.beta : T(1),
-                            .c = g.c + (m0 + i) * g.ldc + n0,
-                            .ldc = g.ldc}
-              .multiply();
+      for (std::int64_t m0 = 0; m0 < g.m; m0 += kMr) {
+        const std::int64_t packed = m0 % kPackedRows<T>;
+        if (!in_place && packed == 0)
+          pack_a(g.a + k0 * g.lda + m0, g.lda, depth, std::min(kPackedRows<T>, g.m - m0), packed_a);
+        tiles::TileRow<T>{.rows = std::min(kMr, g.m - m0),
+                          .columns = columns,
+                          .depth = depth,
+                          .a = in_place ? g.a + m0 * g.lda + k0 : packed_a + packed * depth,
+                          .stride = in_place ? Strides{g.lda, 1} : Strides{1, kMr},
+                          .panels = packed_b,
+                          .alpha = g.alpha,
+                          .beta = k0 == 0 ? g.beta : T(1),
+                          .c = g.c + m0 * g.ldc + n0,
+                          .ldc = g.ldc}
+            .multiply();
       }
     }
   }
@@ -121,7 +119,7 @@ void gemm(const GemmArgs<T>& g) {
   // A thread pays for itself from about 10^5 multiply-adds.
   const std::int64_t useful = std::max<std::int64_t>(1, g.m * g.n * std::max<std::int64_t>(g.k, 1) / 100'000);
   const std::int64_t threads = std::min<std::int64_t>(thread_count(), useful);
-  const Grid grid = choose_grid<T>(g.m, g.n, threads);
+  const Grid grid = choose_grid(g, threads);
   auto edge = [](std::int64_t size, std::int64_t part, std::int64_t parts, std::int64_t unit) {
     const std::int64_t tiles = (size + unit - 1) / unit;
     return std::min(size, tiles * part / parts * unit);

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "ops/gemm.h"
@@ -44,16 +45,30 @@ struct Strides {
 template <typename T, int Rows>
 void micro_kernel(std::int64_t depth, const T* a, Strides stride, const T* b, T alpha, T beta, T* c, std::int64_t ldc) {
   using V = simd::Vector<T>;
+  // One pointer for three rows: base, base + row and base + 2 row are addressing modes of x86, so that the loop has no
+  // address to compute or to spill.
+  constexpr int kPointers = (Rows + 2) / 3;
+  const T* rows[kPointers];
+  for (int p = 0; p < kPointers; ++p) rows[p] = a + 3 * p * stride.row;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {  // C arrives while the sums are made
+    __builtin_prefetch(c + i * ldc, 1);
+    __builtin_prefetch(c + i * ldc + kLanes<T>, 1);
+  }
   V sum[Rows][2] = {};
   for (std::int64_t k = 0; k < depth; ++k) {
     const V b0 = simd::load(b), b1 = simd::load(b + kLanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const T x = a[i * stride.row];
+      const T x = rows[i / 3][i % 3 * stride.row];
       sum[i][0] += x * b0;
       sum[i][1] += x * b1;
     }
-    a += stride.depth;
+#pragma GCC unroll 16
+    for (int p = 0; p < kPointers; ++p) {
+      rows[p] += stride.depth;
+      asm("" : "+r"(rows[p]));  // or GCC folds them into offsets from one pointer, and spills those
+    }
     b += Tile<T>::kColumns;
   }
 #pragma GCC unroll 16
@@ -97,6 +112,10 @@ void pack(const Block<T>& block, std::int64_t depth, std::int64_t columns, T* ou
     if (block.trans == Trans::no) {
       const T* b = block.b + j;
       for (std::int64_t k = 0; k < depth; ++k, b += block.ldb) {
+        if (width == kNr) {  // a size known to the compiler becomes vector moves
+          std::memcpy(out + k * kNr, b, kNr * sizeof(T));
+          continue;
+        }
         for (std::int64_t c = 0; c < width; ++c) out[k * kNr + c] = b[c];
         for (std::int64_t c = width; c < kNr; ++c) out[k * kNr + c] = T(0);
       }
