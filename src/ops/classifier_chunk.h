@@ -78,7 +78,9 @@ struct Chunk {
   /// body(begin, end, scratch) on one range of jobs a thread.
   template <typename Body>
   void share(std::int64_t jobs, const Body& body) const {
-    const std::int64_t slots = std::min(threads, jobs);
+    // A thread pays for itself from about 10^5 multiply-adds.
+    const std::int64_t useful = std::max<std::int64_t>(1, size.rows * size.width * size.vocab / 100'000);
+    const std::int64_t slots = std::min({threads, jobs, useful});
     parallel_for(slots, 1, [&](std::int64_t begin, std::int64_t end) {
       body(jobs * begin / slots, jobs * end / slots, scratch + size.shared() + begin * size.per_thread());
     });
