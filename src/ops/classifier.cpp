@@ -122,9 +122,12 @@ std::vector<TensorSpec> Classifier::infer(std::span<const TensorSpec> in) const 
   expect_dtype(name(), "targets", in[2], DType::i32);
   check(in[3] == scalars_spec(), "{}: scalars have shape {}, expected {}", name(), in[3].shape.str(),
         scalars_spec().shape.str());
-  const TensorSpec losses{{in[0].shape[0]}, in[0].dtype};
+  check(options_.valid_vocab >= 0 && options_.valid_vocab <= in[1].shape[0], "{}: {} classes in w of shape {}", name(),
+        options_.valid_vocab, in[1].shape.str());
+  const DType sums = accumulator_of(in[0].dtype);
+  const TensorSpec losses{{in[0].shape[0]}, sums};
   if (!options_.gradient) return {losses};
-  return {losses, in[0], in[1]};
+  return {losses, in[0], {in[1].shape, sums}};
 }
 
 void Classifier::gradient(GradientContext& context) const {
@@ -147,6 +150,7 @@ Cost Classifier::cost(std::span<const TensorSpec> in) const {
 void Classifier::run_cpu(const KernelArgs& args) const {
   const std::int64_t n = args.in[0].shape()[0], width = args.in[0].shape()[1], vocab = args.in[1].shape()[0];
   const std::int64_t most = std::min(options_.chunk_tokens, n);
+  check(options_.valid_vocab == 0 || options_.valid_vocab == vocab, "{}: no padded vocabulary on the CPU", name());
   visit_real(args.in[0].dtype(), [&]<typename T>() {
     T* const logits = static_cast<T*>(args.workspace.data);
     for (std::int64_t first = 0; first < n; first += most) {
