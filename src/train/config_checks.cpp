@@ -48,8 +48,8 @@ void check_supported(const Config& config) {
   auto refuse = [](std::string_view setting, std::string_view use) {
     fail(ExitCode::usage, "{} is not available in this version; use {}", setting, use);
   };
-  const bool gpu =
-      config.run.device == Device::cuda || (config.run.device == Device::automatic && cuda_device_present());
+  // Without a device, run.device: cuda is refused where it is opened, which knows why there is none.
+  const bool gpu = config.run.device != Device::cpu && cuda_device_present();
   if (config.precision.weights != WeightPrecision::fp32 && !gpu)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
   if (config.optimizer.kind != OptimizerKind::adamw && gpu)
