@@ -55,6 +55,9 @@ constexpr DType dtype_of() {
   }
 }
 
+/// What sums of a compute dtype are kept in: f32 for bf16, else the dtype itself.
+constexpr DType accumulator_of(DType dtype) { return dtype == DType::bf16 ? DType::f32 : dtype; }
+
 /// The one switch from a dtype to a compute type: `visit_real(dtype, [&]<typename T>() { ... })`, T = float or double.
 template <typename F>
 decltype(auto) visit_real(DType dtype, F&& f) {

@@ -47,13 +47,12 @@ Buffer::Buffer(std::size_t bytes, std::string_view what) : size_(bytes) {
   const std::size_t alignment = large ? kHugePage : kLine;
   const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
   if (rounded == 0) return;
-  data_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)));
+  data_ = std::unique_ptr<std::byte, Free>(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)),
+                                           Free{[](std::byte* p) noexcept { std::free(p); }});
   if (!data_)
     fail(ExitCode::resource, "out of memory: {} of {} bytes; use a smaller model or micro-batch", what, bytes);
   if (large) ::madvise(data_.get(), rounded, MADV_HUGEPAGE);  // a hint; without it only speed is lost
   std::memset(data_.get(), 0, rounded);
 }
-
-void Buffer::Free::operator()(std::byte* p) const { std::free(p); }
 
 }  // namespace kiln

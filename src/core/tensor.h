@@ -66,18 +66,22 @@ struct Tensor {
 };
 static_assert(std::is_trivially_copyable_v<Tensor>);
 
-/// Owns host memory, 64-byte aligned and zeroed. Move-only.
+/// Owns memory: of the host, 64-byte aligned and zeroed, or what a device handed over. Move-only.
 class Buffer {
  public:
+  using Release = void (*)(std::byte*) noexcept;
   Buffer() = default;
-  /// A resource Error names `what` and the size when memory runs out.
+  /// Host memory. A resource Error names `what` and the size when memory runs out.
   explicit Buffer(std::size_t bytes, std::string_view what = "buffer");
+  /// Takes over memory that `release` frees.
+  Buffer(std::byte* data, std::size_t bytes, Release release) : data_(data, Free{release}), size_(bytes) {}
   std::byte* data() const { return data_.get(); }
   std::size_t size() const { return size_; }
 
  private:
   struct Free {
-    void operator()(std::byte* p) const;
+    Release release;
+    void operator()(std::byte* p) const { release(p); }
   };
   std::unique_ptr<std::byte, Free> data_;
   std::size_t size_ = 0;

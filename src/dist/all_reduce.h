@@ -7,7 +7,7 @@ namespace kiln {
 /// Sum of one tensor over the ranks, in place.
 ///
 /// in     x, any shape, f32|f64; every rank records the same plan
-/// stream blocks the host on the CPU backend
+/// stream blocks the host on the CPU; with NCCL it is enqueued on the communicator's stream
 /// The communicator must outlive the op.
 class AllReduce final : public Op {
  public:
@@ -17,6 +17,7 @@ class AllReduce final : public Op {
   std::vector<int> mutates() const override { return {0}; }
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+  bool any_device() const override { return true; }
 
  private:
   Communicator& communicator_;

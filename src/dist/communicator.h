@@ -36,7 +36,7 @@ std::unique_ptr<Communicator> make_local_communicator();
 
 /// Ranks and rank that the launcher announced in the environment, before MPI starts; {1, 0} outside a launcher.
 struct LaunchInfo {
-  int size = 1, rank = 0, local_size = 1;
+  int size = 1, rank = 0, local_size = 1, local_rank = 0;
 };
 LaunchInfo launch_info();
 /// "Open MPI 4.1.4", or "" when built without MPI.

@@ -20,13 +20,12 @@ struct Cost {
 struct KernelArgs {
   std::span<const Tensor> in;
   std::span<const Tensor> out;
-  Tensor workspace;         // u8, at least workspace_bytes()
+  Tensor workspace{};       // u8, at least workspace_bytes(); a group's nodes share it
   bool accumulate = false;  // a parameter gradient adds to what is there (micro-batches after the first)
-  void* stream = nullptr;   // the device's stream; unused on the CPU
 };
 
 /// One operation: contract, shape rule, gradient rule and CPU kernel. Immutable, shared between plans.
-/// A CUDA kernel for it is looked up by name() in kernels/.
+/// A device's kernel for it is looked up by name() (kernels/).
 class Op {
  public:
   virtual ~Op() = default;
@@ -37,10 +36,14 @@ class Op {
   virtual void gradient(GradientContext& context) const;
   /// Indices of inputs that the kernel also writes (in place).
   virtual std::vector<int> mutates() const { return {}; }
-  /// Scratch for one run; it lives during this node only.
+  /// Adds to what its inputs hold in micro-batches after the first, as nodes that write parameter gradients do.
+  virtual bool accumulates() const { return false; }
+  /// Scratch for one run on the CPU; it lives during this node only. Other devices say their own (graph/backend.h).
   virtual std::size_t workspace_bytes(std::span<const TensorSpec>) const { return 0; }
   virtual Cost cost(std::span<const TensorSpec>) const { return {}; }
   virtual void run_cpu(const KernelArgs& args) const = 0;
+  /// run_cpu() serves every device: the op hands its tensors to something that knows where they live (a communicator).
+  virtual bool any_device() const { return false; }
 };
 
 using OpPtr = std::shared_ptr<const Op>;

@@ -17,8 +17,23 @@ struct Block {
 
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+/// Groups as the backend forms them, and the moment of each node: the first node of its group.
+std::vector<int> group_nodes(const Plan& plan, const Backend& backend, Packing& packing) {
+  std::vector<int> moment(plan.nodes().size());
+  for (std::size_t n = 0; n < plan.nodes().size(); n += packing.groups.back().count) {
+    const NodeGroup group = backend.group(plan, n);
+    packing.groups.push_back(group);
+    packing.workspace_bytes[n] = backend.workspace_bytes(plan, group);
+    for (std::size_t i = n; i < n + group.count; ++i) {
+      check(plan.nodes()[i].phase == plan.nodes()[n].phase, "a group of nodes spans two phases");
+      moment[i] = static_cast<int>(n);
+    }
+  }
+  return moment;
+}
+
 /// First and last use of every value, widened over the repeated micro phase where the value must survive it.
-std::vector<Block> lifetimes(const Plan& plan, int micro_batches, Packing& packing) {
+std::vector<Block> lifetimes(const Plan& plan, int micro_batches, const std::vector<int>& moment, Packing& packing) {
   const int node_count = static_cast<int>(plan.nodes().size());
   struct Life {
     int first = INT32_MAX, last = -1;
@@ -26,13 +41,14 @@ std::vector<Block> lifetimes(const Plan& plan, int micro_batches, Packing& packi
   };
   std::vector<Life> lives(plan.values().size());
   int micro_end = 0;
-  for (int n = 0; n < node_count; ++n) {
-    const Node& node = plan.nodes()[static_cast<std::size_t>(n)];
-    if (node.phase == Phase::micro) micro_end = n;
+  for (std::size_t n = 0; n < moment.size(); ++n) {
+    const Node& node = plan.nodes()[n];
+    const int at = moment[n];
+    if (node.phase == Phase::micro) micro_end = at;
     auto use = [&](ValueId id) {
       Life& life = lives[static_cast<std::size_t>(id.index)];
-      life.first = std::min(life.first, n);
-      life.last = std::max(life.last, n);
+      life.first = std::min(life.first, at);
+      life.last = std::max(life.last, at);
       life.read_in_update = life.read_in_update || node.phase == Phase::update;
     };
     for (const ValueId id : node.in) use(id);
@@ -51,22 +67,23 @@ std::vector<Block> lifetimes(const Plan& plan, int micro_batches, Packing& packi
     if (value.kept) life.last = node_count;
     blocks.push_back({aligned(value.spec.bytes()), life.first, life.last, &packing.value_offset[v], value.role});
   }
-  for (int n = 0; n < node_count; ++n) {
-    const Node& node = plan.nodes()[static_cast<std::size_t>(n)];
-    const std::size_t bytes = aligned(node.op->workspace_bytes(plan.input_specs(node)));
-    if (bytes > 0)
-      blocks.push_back({bytes, n, n, &packing.workspace_offset[static_cast<std::size_t>(n)], Role::workspace});
+  for (const NodeGroup group : packing.groups) {
+    const std::size_t bytes = aligned(packing.workspace_bytes[group.first]);
+    const int at = static_cast<int>(group.first);
+    if (bytes > 0) blocks.push_back({bytes, at, at, &packing.workspace_offset[group.first], Role::workspace});
   }
   return blocks;
 }
 
 }  // namespace
 
-Packing pack(const Plan& plan, int micro_batches) {
+Packing pack(const Plan& plan, int micro_batches, const Backend& backend) {
   Packing packing;
   packing.value_offset.resize(plan.values().size());
   packing.workspace_offset.resize(plan.nodes().size());
-  std::vector<Block> blocks = lifetimes(plan, micro_batches, packing);
+  packing.workspace_bytes.resize(plan.nodes().size());
+  const std::vector<int> moment = group_nodes(plan, backend, packing);
+  std::vector<Block> blocks = lifetimes(plan, micro_batches, moment, packing);
 
   std::vector<std::size_t> live(plan.nodes().size() + 1, 0);
   for (const Block& block : blocks) {

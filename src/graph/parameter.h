@@ -19,11 +19,14 @@ struct Parameter {
 };
 
 /// Step scalars, one f64 tensor [kScalarCount] read and written by nodes, so that a captured step needs no host value.
-enum class Scalar : std::size_t { step, lr, loss_scale, clip_scale, grad_norm };
-inline constexpr std::int64_t kScalarCount = 5;
+enum class Scalar : std::size_t { step, lr, loss_scale, clip_scale, grad_norm, loss };
+inline constexpr std::int64_t kScalarCount = 6;
+/// Their values on the host.
+using StepScalars = std::array<double, kScalarCount>;
 inline TensorSpec scalars_spec() { return {{kScalarCount}, DType::f64}; }
 inline double& scalar(const Tensor& scalars, Scalar which) {
   return scalars.as<double>()[static_cast<std::size_t>(which)];
 }
+inline double& scalar(StepScalars& scalars, Scalar which) { return scalars[static_cast<std::size_t>(which)]; }
 
 }  // namespace kiln

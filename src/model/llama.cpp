@@ -57,9 +57,17 @@ Tensor ParameterTable::view(const Parameter& parameter, const Tensor& storage) c
   return storage.rows(parameter.row_begin, parameter.shape[0]);
 }
 
-ParameterTable llama_parameters(const LlamaConfig& c, DType dtype) {
+LlamaConfig padded(const LlamaConfig& config, const StorageLayout& layout) {
+  LlamaConfig result = config;
+  for (std::int64_t* size : {&result.ffn, &result.vocab})
+    *size = (*size + layout.multiple - 1) / layout.multiple * layout.multiple;
+  return result;
+}
+
+ParameterTable llama_parameters(const LlamaConfig& config, const StorageLayout& layout) {
+  const LlamaConfig c = padded(config, layout);
   ParameterTable table;
-  TableBuilder build(table, dtype);
+  TableBuilder build(table, layout.dtype);
   const std::int64_t q_rows = c.heads * c.head_dim, kv_rows = c.kv_heads * c.head_dim;
   build.matrix("embedding", {{"model.embed_tokens.weight", c.vocab}}, c.hidden, false);
   for (std::int64_t l = 0; l < c.layers; ++l) {
@@ -109,17 +117,17 @@ void initialise(const ModelWeights& weights, std::uint64_t seed) {
   }
 }
 
-LlamaValues record_llama(Plan& plan, const LlamaConfig& c, DType dtype, BatchShape batch, LlamaOutput output,
-                         std::int64_t positions) {
+LlamaValues record_llama(Plan& plan, const LlamaConfig& c, const StorageLayout& layout, BatchShape batch,
+                         LlamaOutput output, std::int64_t positions) {
   const bool generating = output == LlamaOutput::last_logits;
   check(!generating || batch.sequences == 1, "generation records one sequence, found {}", batch.sequences);
   check(batch.seq_len <= positions, "sequence length {} exceeds the {} positions recorded", batch.seq_len, positions);
   LlamaValues v;
-  for (const Storage& storage : llama_parameters(c, dtype).storages)
+  for (const Storage& storage : llama_parameters(c, layout).storages)
     v.storages.push_back(plan.external(storage.name, storage.spec, Role::parameter));
   v.tokens = plan.external("tokens", {{batch.tokens()}, DType::i32}, Role::input);
   v.first = plan.external("first", {{1}, DType::i32}, Role::input);
-  v.rope_table = plan.external("rope_table", {{positions, c.head_dim}, dtype}, Role::input);
+  v.rope_table = plan.external("rope_table", {{positions, c.head_dim}, accumulator_of(layout.dtype)}, Role::input);
 
   const AttentionShape shape = attention_shape(c, batch.seq_len);
   const auto linear = std::make_shared<Linear>();
@@ -145,7 +153,7 @@ LlamaValues record_llama(Plan& plan, const LlamaConfig& c, DType dtype, BatchSha
     plan.add(rope, {qkv, v.rope_table, v.first}, at + "rope");
     ValueId attended;
     if (generating) {
-      const TensorSpec cache{{positions, c.kv_heads * c.head_dim}, dtype};
+      const TensorSpec cache{{positions, c.kv_heads * c.head_dim}, layout.dtype};
       v.keys.push_back(plan.external(at + "keys", cache, Role::state));
       v.values.push_back(plan.external(at + "values", cache, Role::state));
       attended = plan.add1(std::make_shared<CachedAttention>(shape), {qkv, v.keys.back(), v.values.back(), v.first},
@@ -170,8 +178,10 @@ LlamaValues record_llama(Plan& plan, const LlamaConfig& c, DType dtype, BatchSha
   v.targets = plan.external("targets", {{batch.tokens()}, DType::i32}, Role::input);
   v.scalars = plan.external("scalars", scalars_spec(), Role::input);
   const bool gradient = output == LlamaOutput::losses_and_gradients;
-  v.losses = plan.add(std::make_shared<Classifier>(Classifier::Options{.gradient = gradient}),
-                      {x, head, v.targets, v.scalars}, "losses")[0];
+  const bool pads = padded(c, layout).vocab != c.vocab;
+  v.losses = plan.add(
+      std::make_shared<Classifier>(Classifier::Options{.gradient = gradient, .valid_vocab = pads ? c.vocab : 0}),
+      {x, head, v.targets, v.scalars}, "losses")[0];
   plan.keep(v.losses);
   return v;
 }

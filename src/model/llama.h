@@ -21,7 +21,19 @@ struct ParameterTable {
   /// The part of its storage that a parameter is.
   Tensor view(const Parameter& parameter, const Tensor& storage) const;
 };
-ParameterTable llama_parameters(const LlamaConfig& config, DType dtype);
+
+/// How a device stores weights: their dtype, and the multiple that ffn and vocabulary are padded to with zeros where
+/// odd sizes would slow its GEMMs. Padding stays zero through training and never reaches a checkpoint.
+struct StorageLayout {
+  StorageLayout(DType type) : dtype(type) {}  // unpadded; implicit, since a dtype says all there is
+  StorageLayout(DType type, std::int64_t padding) : dtype(type), multiple(padding) {}
+  DType dtype;
+  std::int64_t multiple = 1;
+};
+/// The sizes that a layout stores.
+LlamaConfig padded(const LlamaConfig& config, const StorageLayout& layout);
+/// Storages and parameters with the padded sizes; the list is the same for every layout.
+ParameterTable llama_parameters(const LlamaConfig& config, const StorageLayout& layout);
 
 /// Memory of all storages.
 class ModelWeights {
@@ -70,8 +82,8 @@ struct LlamaValues {
 
 /// Records one forward pass into `plan`: embedding; per layer norm, fused QKV, RoPE, attention, output projection,
 /// residual + norm, fused gate/up, SwiGLU, down projection; final norm and head.
-/// `positions` is the length of the RoPE table and of the KV cache.
-LlamaValues record_llama(Plan& plan, const LlamaConfig& config, DType dtype, BatchShape batch, LlamaOutput output,
-                         std::int64_t positions);
+/// `positions` is the length of the RoPE table and of the KV cache. Logits have the padded width.
+LlamaValues record_llama(Plan& plan, const LlamaConfig& config, const StorageLayout& layout, BatchShape batch,
+                         LlamaOutput output, std::int64_t positions);
 
 }  // namespace kiln

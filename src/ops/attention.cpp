@@ -130,7 +130,7 @@ std::vector<TensorSpec> Attention::infer(std::span<const TensorSpec> in) const {
   expect_same_real(name(), in);
   check_qkv(name(), shape_, in[0]);
   const std::int64_t n = in[0].shape[0];
-  return {{{n, shape_.heads * shape_.head_dim}, in[0].dtype}, {{n, shape_.heads}, in[0].dtype}};
+  return {{{n, shape_.heads * shape_.head_dim}, in[0].dtype}, {{n, shape_.heads}, accumulator_of(in[0].dtype)}};
 }
 
 void Attention::gradient(GradientContext& context) const {
@@ -175,7 +175,7 @@ void Attention::run_cpu(const KernelArgs& args) const {
 
 std::vector<TensorSpec> AttentionGradient::infer(std::span<const TensorSpec> in) const {
   expect_inputs(name(), in, 4);
-  expect_same_real(name(), in);
+  expect_same_real(name(), in.first(2));
   check_qkv(name(), shape_, in[0]);
   expect_shape(name(), "do", in[3], in[1].shape);
   return {in[0]};

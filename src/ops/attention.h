@@ -7,8 +7,8 @@ namespace kiln {
 /// Causal grouped-query attention, o_i = sum_{j<=i} softmax_j(q_i k_j / sqrt(D)) v_j, within each sequence of T rows.
 /// Scores live in tiles of 64 queries: memory grows with T, never with T^2.
 ///
-/// in     qkv [N,(H+2Hkv)D] f32|f64, after RoPE
-/// out    o [N,HD]    lse [N,H]: log of the softmax denominator, kept for backward
+/// in     qkv [N,(H+2Hkv)D] f32|f64|bf16, after RoPE
+/// out    o [N,HD]    lse [N,H], f32 for bf16: log of the softmax denominator, kept for backward
 /// grad   dqkv, from qkv, o, lse and do; a key head's gradient sums its query heads in order
 /// error  H not a multiple of Hkv, N not a multiple of T
 /// paper  Dao 2023, arXiv:2307.08691 (tiling and the recomputed softmax); Ainslie et al. 2023, arXiv:2305.13245 (GQA)
@@ -21,6 +21,7 @@ class Attention final : public Op {
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+  const AttentionShape& shape() const { return shape_; }
 
  private:
   AttentionShape shape_;
@@ -35,6 +36,7 @@ class AttentionGradient final : public Op {
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+  const AttentionShape& shape() const { return shape_; }
 
  private:
   AttentionShape shape_;
@@ -54,6 +56,7 @@ class CachedAttention final : public Op {
   std::vector<int> mutates() const override { return {1, 2}; }
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+  const AttentionShape& shape() const { return shape_; }
 
  private:
   AttentionShape shape_;

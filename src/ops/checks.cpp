@@ -16,8 +16,8 @@ void expect_rank(std::string_view op, std::string_view what, const TensorSpec& f
 
 void expect_same_real(std::string_view op, std::span<const TensorSpec> specs) {
   for (const TensorSpec& spec : specs) {
-    check(spec.dtype == DType::f32 || spec.dtype == DType::f64, "{}: dtype {}, expected f32 or f64", op,
-          to_string(spec.dtype));
+    check(spec.dtype == DType::f32 || spec.dtype == DType::f64 || spec.dtype == DType::bf16,
+          "{}: dtype {}, expected f32, f64 or bf16", op, to_string(spec.dtype));
     check(spec.dtype == specs.front().dtype, "{}: inputs of {} and {}", op, to_string(specs.front().dtype),
           to_string(spec.dtype));
   }

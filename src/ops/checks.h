@@ -11,7 +11,7 @@ namespace kiln {
 void expect_inputs(std::string_view op, std::span<const TensorSpec> in, std::size_t count);
 void expect_shape(std::string_view op, std::string_view what, const TensorSpec& found, const Shape& expected);
 void expect_rank(std::string_view op, std::string_view what, const TensorSpec& found, int rank);
-/// f32 or f64, and the same for all of `specs`.
+/// f32, f64 or (kernels of a device only) bf16, and the same for all of `specs`.
 void expect_same_real(std::string_view op, std::span<const TensorSpec> specs);
 void expect_dtype(std::string_view op, std::string_view what, const TensorSpec& found, DType dtype);
 

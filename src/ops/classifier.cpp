@@ -28,9 +28,12 @@ std::vector<TensorSpec> Classifier::infer(std::span<const TensorSpec> in) const 
   expect_dtype(name(), "targets", in[2], DType::i32);
   check(in[3] == scalars_spec(), "{}: scalars have shape {}, expected {}", name(), in[3].shape.str(),
         scalars_spec().shape.str());
-  const TensorSpec losses{{in[0].shape[0]}, in[0].dtype};
+  check(options_.valid_vocab >= 0 && options_.valid_vocab <= in[1].shape[0], "{}: {} classes in w of shape {}", name(),
+        options_.valid_vocab, in[1].shape.str());
+  const DType sums = accumulator_of(in[0].dtype);
+  const TensorSpec losses{{in[0].shape[0]}, sums};
   if (!options_.gradient) return {losses};
-  return {losses, in[0], in[1]};
+  return {losses, in[0], {in[1].shape, sums}};
 }
 
 void Classifier::gradient(GradientContext& context) const {
@@ -54,6 +57,8 @@ Cost Classifier::cost(std::span<const TensorSpec> in) const {
 
 void Classifier::run_cpu(const KernelArgs& args) const {
   const std::int64_t n = args.in[0].shape()[0], width = args.in[0].shape()[1];
+  check(options_.valid_vocab == 0 || options_.valid_vocab == args.in[1].shape()[0],
+        "{}: no padded vocabulary on the CPU", name());
   visit_real(args.in[0].dtype(), [&]<typename T>() {
     auto size = layout<T>(options_.chunk_tokens, args.in[0].spec, args.in[1].spec, options_.gradient);
     for (std::int64_t first = 0; first < n; first += options_.chunk_tokens) {

@@ -7,8 +7,9 @@ namespace kiln {
 /// softmax overwrites. With `gradient` the forward pass leaves dx and dw as
 /// well, so backward() has nothing to recompute.
 ///
-/// in     x [N,C] f32|f64    w [V,C]    targets [N] i32, in [0,V) or -100 (ignored)    scalars (graph/parameter.h)
-/// out    losses [N]: -log softmax(x W')_target, 0 where ignored;  with `gradient` also dx [N,C] and dw [V,C] of
+/// in     x [N,C] f32|f64|bf16    w [V,C]    targets [N] i32, in [0,V) or -100 (ignored)    scalars (graph/parameter.h)
+/// out    losses [N], f32 for bf16: -log softmax(x W')_target, 0 where ignored;  with `gradient` also dx [N,C] and dw
+/// [V,C] of
 ///        Scalar::loss_scale * sum(losses)
 /// grad   hands out dx and dw; losses are the root of backward(), whose seed is loss_scale
 /// error  inner sizes differ
@@ -16,6 +17,7 @@ class Classifier final : public Op {
  public:
   struct Options {
     bool gradient = false;
+    std::int64_t valid_vocab = 0;  // rows of w that are classes, the rest being padding (0: all); for devices that pad
     std::int64_t chunk_tokens = 384;  // of which logits live at once; measured best at C = 128 and 512
   };
   static constexpr std::int32_t kIgnoredTarget = -100;
@@ -27,6 +29,7 @@ class Classifier final : public Op {
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+  const Options& options() const { return options_; }
 
  private:
   Options options_;

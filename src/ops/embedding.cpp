@@ -45,11 +45,12 @@ void Embedding::run_cpu(const KernelArgs& args) const {
 
 std::vector<TensorSpec> EmbeddingGradient::infer(std::span<const TensorSpec> in) const {
   expect_inputs(name(), in, add_ ? 3 : 2);
-  expect_same_real(name(), in.subspan(1));
+  expect_same_real(name(), in.subspan(1, 1));
   const Shape shape{vocab_, in[1].shape[1]};
   expect_shape(name(), "dy", in[1], {in[0].shape[0], in[1].shape[1]});
-  if (!add_) return {{shape, in[1].dtype}};
+  if (!add_) return {{shape, accumulator_of(in[1].dtype)}};
   expect_shape(name(), "dw", in[2], shape);
+  expect_dtype(name(), "dw", in[2], accumulator_of(in[1].dtype));
   return {};
 }
 

@@ -5,7 +5,7 @@ namespace kiln {
 
 /// y_n = W[token_n].
 ///
-/// in     tokens [N] i32, each in [0,V)    w [V,C] f32|f64
+/// in     tokens [N] i32, each in [0,V)    w [V,C] f32|f64|bf16
 /// out    y [N,C]
 /// grad   dw: rows added in token order, so the sum is deterministic; rows that no token names get zero
 /// error  shapes; the range of tokens is checked where data enters (io/dataset.h), not here
@@ -18,7 +18,8 @@ class Embedding final : public Op {
   void run_cpu(const KernelArgs& args) const override;
 };
 
-/// in tokens [N], dy [N,C]; out dw [vocab,C]. With `add`, a third input dw is added to in place (tied head).
+/// in tokens [N], dy [N,C]; out dw [vocab,C], f32 for bf16. With `add`, a third input dw is added to in place (tied
+/// head).
 class EmbeddingGradient final : public Op {
  public:
   EmbeddingGradient(std::int64_t vocab, bool add) : vocab_(vocab), add_(add) {}

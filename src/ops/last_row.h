@@ -5,7 +5,7 @@ namespace kiln {
 
 /// The last row of a matrix: the only one whose logits generation needs. Not differentiable.
 ///
-/// in     x [N,C] f32|f64, N >= 1
+/// in     x [N,C] f32|f64|bf16, N >= 1
 /// out    y [1,C]
 class LastRow final : public Op {
  public:

@@ -88,11 +88,12 @@ void LinearInputGradient::run_cpu(const KernelArgs& args) const {
 
 std::vector<TensorSpec> LinearWeightGradient::infer(std::span<const TensorSpec> in) const {
   expect_inputs(name(), in, add_ ? 3 : 2);
-  expect_same_real(name(), in);
+  expect_same_real(name(), in.first(2));
   const Shape shape{in[0].shape[1], in[1].shape[1]};
   expect_shape(name(), "dy", in[0], {in[1].shape[0], in[0].shape[1]});
-  if (!add_) return {{shape, in[0].dtype}};
+  if (!add_) return {{shape, accumulator_of(in[0].dtype)}};
   expect_shape(name(), "dw", in[2], shape);
+  expect_dtype(name(), "dw", in[2], accumulator_of(in[0].dtype));
   return {};
 }
 

@@ -5,7 +5,7 @@ namespace kiln {
 
 /// y = x W'. One fused weight serves several projections (q, k and v; gate and up): their rows lie one after another.
 ///
-/// in     x [N,K] f32|f64    w [M,K]
+/// in     x [N,K] f32|f64|bf16    w [M,K]
 /// out    y [N,M]
 /// grad   dx = dy W    dw = dy' x, summed over N; added to the gradient that stands when W is used twice
 /// error  inner sizes differ
@@ -27,7 +27,8 @@ class LinearInputGradient final : public Op {
   void run_cpu(const KernelArgs& args) const override;
 };
 
-/// in dy [N,M], x [N,K]; out dw [M,K]. With `add`, a third input dw is added to in place and there is no output.
+/// in dy [N,M], x [N,K]; out dw [M,K], f32 for bf16. With `add`, a third input dw is added to in place and there is no
+/// output.
 class LinearWeightGradient final : public Op {
  public:
   explicit LinearWeightGradient(bool add) : add_(add) {}

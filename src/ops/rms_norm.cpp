@@ -37,7 +37,7 @@ std::vector<TensorSpec> RmsNorm::infer(std::span<const TensorSpec> in) const {
   expect_same_real(name(), in);
   expect_rank(name(), "x", in[0], 2);
   expect_shape(name(), "w", in[1], {in[0].shape[1]});
-  const TensorSpec rstd{{in[0].shape[0]}, in[0].dtype};
+  const TensorSpec rstd{{in[0].shape[0]}, accumulator_of(in[0].dtype)};
   if (!options_.residual) return {in[0], rstd};
   expect_shape(name(), "delta", in[2], in[0].shape);
   return {in[0], rstd, in[0]};
@@ -91,9 +91,10 @@ void RmsNorm::run_cpu(const KernelArgs& args) const {
 
 std::vector<TensorSpec> RmsNormGradient::infer(std::span<const TensorSpec> in) const {
   check(in.size() == 4 || in.size() == 5, "rms_norm_dx: expected 4 or 5 inputs, found {}", in.size());
-  expect_same_real(name(), in);
+  for (std::size_t i = 0; i < in.size(); ++i)
+    expect_dtype(name(), "an input", in[i], i == 2 ? accumulator_of(in[0].dtype) : in[0].dtype);
   for (std::size_t i = 3; i < in.size(); ++i) expect_shape(name(), "dy", in[i], in[0].shape);
-  return {in[0], in[1]};
+  return {in[0], {in[1].shape, accumulator_of(in[1].dtype)}};
 }
 
 std::size_t RmsNormGradient::workspace_bytes(std::span<const TensorSpec> in) const {

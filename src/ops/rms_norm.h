@@ -6,8 +6,8 @@ namespace kiln {
 /// RMS normalisation, with the residual addition before it fused in:
 ///   r = x + delta (or x alone),  rstd = 1 / sqrt(mean_C(r^2) + eps),  y = r * rstd * w.
 ///
-/// in     x [N,C] f32|f64    w [C]    delta [N,C] with `residual`
-/// out    y [N,C]    rstd [N] f32|f64, kept for backward    r [N,C] with `residual`
+/// in     x [N,C] f32|f64|bf16    w [C]    delta [N,C] with `residual`
+/// out    y [N,C]    rstd [N], f32 for bf16, kept for backward    r [N,C] with `residual`
 /// grad   dx, dw; dw summed over N in a fixed order. With `residual` dx is the gradient of both x and delta, and
 ///        takes in what arrives at r.
 /// error  w length differs from C, eps <= 0
@@ -30,7 +30,7 @@ class RmsNorm final : public Op {
   Options options_;
 };
 
-/// in r [N,C], w [C], rstd [N], dy [N,C], and dr [N,C] when one arrives; out dx [N,C] (+ dr), dw [C].
+/// in r [N,C], w [C], rstd [N], dy [N,C], and dr [N,C] when one arrives; out dx [N,C] (+ dr), dw [C], f32 for bf16.
 class RmsNormGradient final : public Op {
  public:
   std::string_view name() const override { return "rms_norm_dx"; }

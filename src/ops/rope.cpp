@@ -9,7 +9,8 @@ namespace kiln {
 
 std::vector<TensorSpec> Rope::infer(std::span<const TensorSpec> in) const {
   expect_inputs(name(), in, 3);
-  expect_same_real(name(), in.first(2));
+  expect_same_real(name(), in.first(1));
+  expect_dtype(name(), "table", in[1], accumulator_of(in[0].dtype));
   expect_rank(name(), "qkv", in[0], 2);
   expect_shape(name(), "qkv", in[0], {in[0].shape[0], shape_.columns()});
   expect_shape(name(), "table", in[1], {in[1].shape[0], shape_.head_dim});

@@ -8,7 +8,7 @@ namespace kiln {
 /// (rotate-half): with (a, b) elements i and i + D/2 of a head at position p and angle t = p * base^(-2i/D),
 ///   a' = a cos t - b sin t,   b' = b cos t + a sin t.
 ///
-/// in     qkv [N,(H+2Hkv)D] f32|f64, rotated in place    table [P,D] as qkv: cos in [0,D/2), sin in [D/2,D)
+/// in     qkv [N,(H+2Hkv)D] f32|f64|bf16, rotated in place    table [P,D], f32 for bf16: cos in [0,D/2), sin in [D/2,D)
 ///        first [1] i32: position of row 0 of each sequence (0 in training, tokens so far when generating)
 /// grad   the inverse rotation of the gradient, in place
 /// error  odd D, N not a multiple of T, P < T
@@ -23,6 +23,8 @@ class Rope final : public Op {
   std::vector<int> mutates() const override { return {0}; }
   Cost cost(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+  const AttentionShape& shape() const { return shape_; }
+  Direction direction() const { return direction_; }
 
  private:
   AttentionShape shape_;

@@ -5,7 +5,7 @@ namespace kiln {
 
 /// y = silu(gate) * up, silu(x) = x / (1 + e^-x), with gate and up side by side in one tensor.
 ///
-/// in     x [N,2F] f32|f64: columns [0,F) gate, [F,2F) up
+/// in     x [N,2F] f32|f64|bf16: columns [0,F) gate, [F,2F) up
 /// out    y [N,F]
 /// grad   dx, from x and dy
 /// paper  Shazeer 2020, arXiv:2002.05202

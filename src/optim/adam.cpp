@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "base/rng.h"
 #include "core/parallel.h"
 
 namespace kiln {
@@ -14,7 +15,8 @@ class AdamW final : public Optimizer {
                  .beta2 = o.beta2,
                  .eps = o.eps,
                  .weight_decay = o.weight_decay,
-                 .form = AdamForm::pytorch} {}
+                 .form = AdamForm::pytorch,
+                 .seed = o.seed} {}
   std::string_view name() const override { return "adamw"; }
   std::vector<StateSpec> states(const Parameter& parameter) const override { return AdamUpdate::states(parameter); }
   OpPtr update_op(const Parameter& parameter) const override {
@@ -49,6 +51,8 @@ std::vector<StateSpec> AdamUpdate::states(const Parameter& parameter) {
   const TensorSpec spec{parameter.shape, DType::f32};
   return {{"exp_avg", spec}, {"exp_avg_sq", spec}};
 }
+
+std::uint64_t AdamUpdate::stream() const { return stream_of(parameter().name.c_str()); }
 
 Cost AdamUpdate::cost(std::span<const TensorSpec>) const {
   const double n = static_cast<double>(parameter().shape.numel());

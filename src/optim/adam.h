@@ -11,18 +11,22 @@ enum class AdamForm {
 
 /// Adam on one whole parameter; states exp_avg and exp_avg_sq, each as w.
 ///
-/// floor  reads w, g, m, v and writes w, m, v: 28 bytes a parameter in f32
+/// floor  reads w, g, m, v and writes w, m, v: 28 bytes a parameter in f32, and as many with bf16 weights and masters
 /// paper  Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101
 class AdamUpdate final : public UpdateOp {
  public:
   struct Options {
     double beta1, beta2, eps, weight_decay;
     AdamForm form;
+    std::uint64_t seed = 1;  // of stochastic rounding, where weights are bf16 without masters
   };
   AdamUpdate(Parameter parameter, Options options) : UpdateOp(std::move(parameter)), options_(options) {}
   std::string_view name() const override { return "adam_update"; }
   Cost cost(std::span<const TensorSpec> in) const override;
   static std::vector<StateSpec> states(const Parameter& parameter);
+  const Options& options() const { return options_; }
+  /// Of stochastic rounding: draws are a function of (seed, step, parameter, element).
+  std::uint64_t stream() const;
 
  protected:
   void update(const UpdateArgs& args) const override;

@@ -56,7 +56,8 @@ void GradientNorm::run_cpu(const KernelArgs& args) const {
     for (std::int64_t b = 0; b < blocks; ++b) total += partial[b];
   }
   const Tensor& scalars = args.in.back();
-  const double norm = std::sqrt(total), limit = options_.clip_norm;
+  const double loss = scalar(scalars, Scalar::loss);
+  const double norm = std::isfinite(loss) ? std::sqrt(total) : loss, limit = options_.clip_norm;
   scalar(scalars, Scalar::grad_norm) = norm;
   scalar(scalars, Scalar::clip_scale) = limit > 0 ? std::min(1.0, limit / (norm + 1e-6)) : 1.0;
 }

@@ -7,7 +7,8 @@ namespace kiln {
 /// clip_grad_norm_; clip_norm 0 leaves the factor at 1.
 ///
 /// in     gradients f32|f64..., scalars last; writes Scalar::grad_norm and Scalar::clip_scale
-/// out    none; sums in f64, in an order that depends on the sizes alone. A gradient that is not finite shows as such.
+/// out    none; sums in f64, in an order that depends on the sizes alone. A gradient or a Scalar::loss that is not
+///        finite makes the norm not finite, which stops the updates of the step.
 class GradientNorm final : public Op {
  public:
   struct Options {
@@ -19,6 +20,7 @@ class GradientNorm final : public Op {
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+  const Options& options() const { return options_; }
 
  private:
   Options options_;

@@ -129,8 +129,12 @@ class LowRankAdam final : public Optimizer {
  public:
   explicit LowRankAdam(const OptimizerOptions& o)
       : name_(to_string(o.kind)),
-        adam_{
-            .beta1 = o.beta1, .beta2 = o.beta2, .eps = o.eps, .weight_decay = o.weight_decay, .form = AdamForm::galore},
+        adam_{.beta1 = o.beta1,
+              .beta2 = o.beta2,
+              .eps = o.eps,
+              .weight_decay = o.weight_decay,
+              .form = AdamForm::galore,
+              .seed = o.seed},
         low_rank_{.beta1 = o.beta1,
                   .beta2 = o.beta2,
                   .eps = o.eps,

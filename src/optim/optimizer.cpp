@@ -1,6 +1,7 @@
 #include "optim/optimizer.h"
 
 #include <array>
+#include <cmath>
 
 #include "optim/adam.h"
 #include "optim/low_rank_adam.h"
@@ -35,9 +36,16 @@ void check_options(const OptimizerOptions& o) {
 // Inputs of the node: storage of w, storage of g, scalars, then the parameter's states.
 std::vector<TensorSpec> UpdateOp::infer(std::span<const TensorSpec> in) const {
   const std::vector<StateSpec> states = state_specs();
-  check(in.size() == 3 + states.size(), "{}: {} inputs, expected {}", parameter_.name, in.size(), 3 + states.size());
-  check(in[0] == in[1], "{}: weights {} and gradient {} differ in shape", parameter_.name, in[0].shape.str(),
-        in[1].shape.str());
+  const bool low = in.size() == 4 + states.size() && in[0].dtype == DType::bf16;
+  check(low || in.size() == 3 + states.size(), "{}: {} inputs, expected {}", parameter_.name, in.size(),
+        3 + states.size());
+  check(in[0].shape == in[1].shape, "{}: weights {} and gradient {} differ in shape", parameter_.name,
+        in[0].shape.str(), in[1].shape.str());
+  check(in[1].dtype == accumulator_of(in[0].dtype), "{}: gradient of {} for weights of {}", parameter_.name,
+        to_string(in[1].dtype), to_string(in[0].dtype));
+  if (low)
+    check(in.back().shape == in[0].shape && in.back().dtype == DType::u16, "{}: low halves {} {}, expected u16 {}",
+          parameter_.name, to_string(in.back().dtype), in.back().shape.str(), in[0].shape.str());
   check(in[2] == scalars_spec(), "{}: the third input must be the step's scalars", parameter_.name);
   const Shape &storage = in[0].shape, &shape = parameter_.shape;
   bool fits = storage.rank() == shape.rank() && parameter_.row_begin + shape[0] <= storage[0];
@@ -45,7 +53,8 @@ std::vector<TensorSpec> UpdateOp::infer(std::span<const TensorSpec> in) const {
   check(fits, "{}: {} from row {} does not fit its storage {}", parameter_.name, shape.str(), parameter_.row_begin,
         storage.str());
   for (std::size_t s = 0; s < states.size(); ++s) {
-    const TensorSpec &found = in[3 + s], expected{states[s].spec.shape, in[0].dtype};
+    const TensorSpec& found = in[3 + s];
+    const TensorSpec expected{states[s].spec.shape, in[0].dtype == DType::f64 ? DType::f64 : states[s].spec.dtype};
     check(found == expected, "{}.{}: {} {}, expected {} {}", parameter_.name, states[s].name, to_string(found.dtype),
           found.shape.str(), to_string(expected.dtype), expected.shape.str());
   }
@@ -54,17 +63,25 @@ std::vector<TensorSpec> UpdateOp::infer(std::span<const TensorSpec> in) const {
 
 std::vector<int> UpdateOp::mutates() const {
   std::vector<int> list{0, 1};
+  // States, and the masters' low halves where there are any.
   for (std::size_t s = 0; s < state_specs().size(); ++s) list.push_back(static_cast<int>(3 + s));
   return list;
 }
 
-void UpdateOp::run_cpu(const KernelArgs& args) const {
+UpdateArgs UpdateOp::arguments(const KernelArgs& args) const {
   const std::int64_t rows = parameter_.shape[0];
-  update({.w = args.in[0].rows(parameter_.row_begin, rows),
+  const bool low = args.in.back().dtype() == DType::u16;
+  const std::size_t states = args.in.size() - 3 - (low ? 1 : 0);
+  return {.w = args.in[0].rows(parameter_.row_begin, rows),
           .g = args.in[1].rows(parameter_.row_begin, rows),
-          .states = args.in.subspan(3),
+          .low = low ? args.in.back().rows(parameter_.row_begin, rows) : Tensor{},
+          .states = args.in.subspan(3, states),
           .scalars = args.in[2],
-          .workspace = args.workspace});
+          .workspace = args.workspace};
+}
+
+void UpdateOp::run_cpu(const KernelArgs& args) const {
+  if (std::isfinite(scalar(args.in[2], Scalar::grad_norm))) update(arguments(args));
 }
 
 std::size_t Optimizer::state_bytes(const Parameter& parameter) const {

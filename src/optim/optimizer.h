@@ -34,12 +34,15 @@ struct StateSpec {
 /// (already cut out of a fused storage). Scalars: step (from 1), lr, clip_scale (the factor on g).
 struct UpdateArgs {
   Tensor w, g;
+  Tensor low;  // with bf16 weights split from f32 masters, the low halves (ops of a device); else empty
   std::span<const Tensor> states;  // in the order of Optimizer::states
   Tensor scalars;
   Tensor workspace;
 };
 
-/// The node that updates one parameter in place. Inputs of the op: storage of w, storage of g, scalars, states...
+/// The node that updates one parameter in place. Inputs of the op: storage of w, storage of g (f32 for bf16 weights),
+/// scalars, states..., and with bf16 weights the storage of the masters' low halves [as w] u16 when masters are kept.
+/// A step whose gradient norm or loss is not finite changes nothing.
 class UpdateOp : public Op {
  public:
   explicit UpdateOp(Parameter parameter) : parameter_(std::move(parameter)) {}
@@ -47,6 +50,8 @@ class UpdateOp : public Op {
   std::vector<int> mutates() const final;
   void run_cpu(const KernelArgs& args) const final;
   const Parameter& parameter() const { return parameter_; }
+  /// The node's tensors, cut out of their storages.
+  UpdateArgs arguments(const KernelArgs& args) const;
 
  protected:
   /// W and its states after one step; the gradient may be used as scratch.

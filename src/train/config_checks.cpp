@@ -1,4 +1,5 @@
 #include "train/config.h"
+#include "train/device.h"
 #include "train/trainer.h"
 
 namespace kiln {
@@ -47,9 +48,13 @@ void check_supported(const Config& config) {
   auto refuse = [](std::string_view setting, std::string_view use) {
     fail(ExitCode::usage, "{} is not available in this version; use {}", setting, use);
   };
-  if (config.run.device == Device::cuda) refuse("run.device: cuda", "run.device: cpu");
-  if (config.precision.weights != WeightPrecision::fp32)
-    refuse("precision.weights: bf16_sr", "precision.weights: fp32");
+  // Without a device, run.device: cuda is refused where it is opened, which knows why there is none.
+  const bool gpu = config.run.device != Device::cpu && cuda_device_present();
+  if (config.precision.weights != WeightPrecision::fp32 && !gpu)
+    refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
+  if (config.optimizer.kind != OptimizerKind::adamw && gpu)
+    refuse(fmt::format("optimizer.kind: {} on a GPU", to_string(config.optimizer.kind)),
+           "optimizer.kind: adamw, or run.device: cpu");
   if (config.optimizer.states != StatePrecision::fp32)
     refuse("optimizer.states other than fp32", "optimizer.states: fp32");
   if (config.memory.update == UpdatePlacement::in_backward)

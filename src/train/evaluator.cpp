@@ -3,52 +3,64 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/rope.h"
+#include "ops/loss_sum.h"
 
 namespace kiln {
 
 double Evaluation::perplexity() const { return std::exp(loss); }
 
+Evaluator::Evaluator(const DeviceWeights& weights, std::int64_t sequences, std::int64_t seq_len)
+    : backend_(weights.backend()),
+      shape_{.sequences = sequences, .seq_len = seq_len},
+      tokens_(static_cast<std::size_t>(shape_.tokens())),
+      targets_(tokens_.size()),
+      inputs_(backend_, weights.config(), weights.layout(), shape_.tokens(), seq_len) {
+  values_ = record_llama(plan_, weights.config(), weights.layout(), shape_, LlamaOutput::losses, seq_len);
+  plan_.add(std::make_shared<LossSum>(), {values_.losses, values_.scalars}, "loss");
+  executor_ = std::make_unique<Executor>(plan_, 1, backend_);
+  for (std::size_t s = 0; s < weights.count(); ++s) executor_->bind(values_.storages[s], weights.storage(s));
+  inputs_.bind(*executor_, values_);
+}
+
+Evaluator::Evaluator(std::unique_ptr<const DeviceWeights> owned, std::int64_t sequences, std::int64_t seq_len)
+    : Evaluator(*owned, sequences, seq_len) {
+  owned_ = std::move(owned);
+}
+
 Evaluator::Evaluator(const ModelWeights& weights, std::int64_t sequences, std::int64_t seq_len)
-    : shape_{.sequences = sequences, .seq_len = seq_len},
-      tokens_({{shape_.tokens()}, DType::i32}),
-      targets_({{shape_.tokens()}, DType::i32}),
-      first_({{1}, DType::i32}),
-      rope_table_({{seq_len, weights.config().head_dim}, DType::f32}),
-      scalars_(scalars_spec()) {
-  values_ = record_llama(plan_, weights.config(), DType::f32, shape_, LlamaOutput::losses, seq_len);
-  executor_ = std::make_unique<Executor>(plan_, 1);
-  fill_rope_table(rope_table_.view(), weights.config().rope_base);
-  for (std::size_t s = 0; s < values_.storages.size(); ++s) executor_->bind(values_.storages[s], weights.storage(s));
-  executor_->bind(values_.tokens, tokens_.view());
-  executor_->bind(values_.targets, targets_.view());
-  executor_->bind(values_.first, first_.view());
-  executor_->bind(values_.rope_table, rope_table_.view());
-  executor_->bind(values_.scalars, scalars_.view());
+    : Evaluator(std::make_unique<const DeviceWeights>(weights), sequences, seq_len) {}
+
+/// Samples from `first` on; rows past `end` are masked.
+void Evaluator::load(const Dataset& data, std::int64_t first, std::int64_t end) {
+  const auto length = static_cast<std::size_t>(shape_.seq_len);
+  for (std::int64_t i = 0; i < shape_.sequences; ++i) {
+    const auto at = static_cast<std::size_t>(i) * length;
+    const std::span<std::int32_t> tokens = std::span(tokens_).subspan(at, length);
+    const std::span<std::int32_t> targets = std::span(targets_).subspan(at, length);
+    if (first + i < end) {
+      data.sample(first + i, tokens, targets);
+    } else {
+      std::ranges::fill(tokens, 0);
+      std::ranges::fill(targets, Dataset::kIgnoredTarget);
+    }
+  }
+  backend_.upload(inputs_.tokens.view(), tokens_.data());
+  backend_.upload(inputs_.targets.view(), targets_.data());
 }
 
 Evaluation Evaluator::run(const Dataset& data, std::int64_t samples, Communicator& communicator) {
-  const std::span<std::int32_t> tokens = tokens_.span<std::int32_t>(), targets = targets_.span<std::int32_t>();
-  const auto length = static_cast<std::size_t>(shape_.seq_len);
   const std::int64_t begin = samples * communicator.rank() / communicator.size();
   const std::int64_t end = samples * (communicator.rank() + 1) / communicator.size();
-  double sum = 0;
+  StepScalars scalars{};
+  inputs_.set_scalars(backend_, scalars);
   std::int64_t count = 0;
   for (std::int64_t first = begin; first < end; first += shape_.sequences) {
-    for (std::int64_t i = 0; i < shape_.sequences; ++i) {
-      const auto at = static_cast<std::size_t>(i) * length;
-      if (first + i < end) {
-        data.sample(first + i, tokens.subspan(at, length), targets.subspan(at, length));
-      } else {
-        std::fill_n(tokens.begin() + static_cast<std::ptrdiff_t>(at), length, 0);
-        std::fill_n(targets.begin() + static_cast<std::ptrdiff_t>(at), length, Dataset::kIgnoredTarget);
-      }
-    }
-    executor_->run(Phase::micro, false);
-    for (const float loss : executor_->tensor(values_.losses).span<float>()) sum += static_cast<double>(loss);
-    count += std::count_if(targets.begin(), targets.end(), [](std::int32_t t) { return t >= 0; });
+    load(data, first, end);
+    executor_->run(Phase::micro, true);  // adds to the zero above
+    count += std::ranges::count_if(targets_, [](std::int32_t t) { return t >= 0; });
   }
-  sum = communicator.sum(sum);
+  backend_.download(scalars.data(), inputs_.scalars.view());
+  const double sum = communicator.sum(scalar(scalars, Scalar::loss));
   const double total = communicator.sum(static_cast<double>(count));
   return {.loss = sum / total, .tokens = static_cast<std::int64_t>(total)};
 }

@@ -5,6 +5,7 @@
 #include "graph/executor.h"
 #include "io/dataset.h"
 #include "model/llama.h"
+#include "train/device_memory.h"
 
 namespace kiln {
 
@@ -17,7 +18,9 @@ struct Evaluation {
 /// Mean loss of weights over the first samples of a data set. Plan and memory are made once.
 class Evaluator {
  public:
-  /// `sequences` in one forward pass of a rank. The weights must outlive the evaluator.
+  /// `sequences` in one forward pass of a rank. The weights must outlive the evaluator, which sees what they hold.
+  Evaluator(const DeviceWeights& weights, std::int64_t sequences, std::int64_t seq_len);
+  /// On the CPU in f32.
   Evaluator(const ModelWeights& weights, std::int64_t sequences, std::int64_t seq_len);
 
   /// Samples [0, samples) of `data`, shared out over ranks; what does not fill a pass is masked, so the count is exact.
@@ -26,10 +29,16 @@ class Evaluator {
   std::size_t arena_bytes() const { return executor_->packing().arena_bytes; }
 
  private:
+  Evaluator(std::unique_ptr<const DeviceWeights> owned, std::int64_t sequences, std::int64_t seq_len);
+  void load(const Dataset& data, std::int64_t first, std::int64_t end);
+
+  std::unique_ptr<const DeviceWeights> owned_;  // when made from a host model
+  Backend& backend_;
   BatchShape shape_;
+  std::vector<std::int32_t> tokens_, targets_;  // of one pass
+  ModelInputs inputs_;
   Plan plan_;
   LlamaValues values_;
-  HostTensor tokens_, targets_, first_, rope_table_, scalars_;
   std::unique_ptr<Executor> executor_;
 };
 

@@ -2,15 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "base/rng.h"
-#include "ops/rope.h"
 
 namespace kiln {
 namespace {
 
 constexpr std::int64_t kPrefillTokens = 128;  // a pass: enough rows to keep the GEMMs busy, scores stay small
+
+std::int64_t checked_positions(std::int64_t positions) {
+  check(positions >= 1, "a KV cache of {} positions, expected at least 1", positions);
+  return positions;
+}
 
 /// exp((logit - max) / temperature): a token's probability up to a common factor.
 class Weights {
@@ -85,32 +90,39 @@ std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& 
 }
 
 struct Generator::Pass {
-  Pass(const ModelWeights& weights, std::int64_t tokens, std::int64_t positions)
+  Pass(const DeviceWeights& weights, std::int64_t tokens, std::int64_t positions)
       : count(tokens),
-        tokens_memory({{tokens}, DType::i32}),
-        values(record_llama(plan, weights.config(), DType::f32, {.sequences = 1, .seq_len = tokens},
+        values(record_llama(plan, weights.config(), weights.layout(), {.sequences = 1, .seq_len = tokens},
                             LlamaOutput::last_logits, positions)),
-        executor(plan, 1) {
-    for (std::size_t s = 0; s < values.storages.size(); ++s) executor.bind(values.storages[s], weights.storage(s));
-    executor.bind(values.tokens, tokens_memory.view());
+        executor(plan, 1, weights.backend()) {
+    for (std::size_t s = 0; s < weights.count(); ++s) executor.bind(values.storages[s], weights.storage(s));
   }
 
   std::int64_t count;
-  HostTensor tokens_memory;
   Plan plan;
   LlamaValues values;
   Executor executor;
 };
 
-Generator::Generator(const ModelWeights& weights, std::int64_t positions)
-    : weights_(weights), positions_(positions), first_({{1}, DType::i32}) {
-  check(positions >= 1, "a KV cache of {} positions, expected at least 1", positions);
+Generator::Generator(const DeviceWeights& weights, std::int64_t positions)
+    : weights_(weights),
+      backend_(weights.backend()),
+      positions_(checked_positions(positions)),
+      inputs_(backend_, weights.config(), weights.layout(), kPrefillTokens, positions) {
   const LlamaConfig& c = weights.config();
-  rope_table_ = HostTensor({{positions, c.head_dim}, DType::f32}, "rope table");
-  fill_rope_table(rope_table_.view(), c.rope_base);
-  for (std::int64_t layer = 0; layer < 2 * c.layers; ++layer)
-    cache_.emplace_back(TensorSpec{{positions, c.kv_heads * c.head_dim}, DType::f32}, "KV cache");
+  const TensorSpec cache{{positions, c.kv_heads * c.head_dim}, weights.layout().dtype};
+  for (std::int64_t layer = 0; layer < 2 * c.layers; ++layer) cache_.emplace_back(backend_, cache, "KV cache");
+  logits_.resize(static_cast<std::size_t>(c.vocab));
+  raw_logits_.resize(static_cast<std::size_t>(padded(c, weights.layout()).vocab) * size_of(weights.layout().dtype));
 }
+
+Generator::Generator(std::unique_ptr<const DeviceWeights> owned, std::int64_t positions)
+    : Generator(*owned, positions) {
+  owned_ = std::move(owned);
+}
+
+Generator::Generator(const ModelWeights& weights, std::int64_t positions)
+    : Generator(std::make_unique<const DeviceWeights>(weights), positions) {}
 
 Generator::~Generator() = default;
 
@@ -119,13 +131,23 @@ Generator::Pass& Generator::pass(std::int64_t tokens) {
     if (made->count == tokens) return *made;
   passes_.push_back(std::make_unique<Pass>(weights_, tokens, positions_));
   Pass& made = *passes_.back();
-  made.executor.bind(made.values.first, first_.view());
-  made.executor.bind(made.values.rope_table, rope_table_.view());
+  inputs_.bind(made.executor, made.values);
   for (std::size_t layer = 0; layer < made.values.keys.size(); ++layer) {
     made.executor.bind(made.values.keys[layer], cache_[2 * layer].view());
     made.executor.bind(made.values.values[layer], cache_[2 * layer + 1].view());
   }
   return made;
+}
+
+/// The logits of the last pass, as f32 on the host.
+void Generator::read_logits(const Pass& last) {
+  backend_.download(raw_logits_.data(), last.executor.tensor(last.values.logits));
+  if (weights_.layout().dtype == DType::bf16) {
+    const auto* from = reinterpret_cast<const bfloat16*>(raw_logits_.data());
+    std::transform(from, from + logits_.size(), logits_.begin(), [](bfloat16 x) { return to_float(x); });
+  } else {
+    std::memcpy(logits_.data(), raw_logits_.data(), logits_.size() * sizeof(float));
+  }
 }
 
 std::span<const float> Generator::feed(std::span<const std::int32_t> tokens) {
@@ -137,18 +159,20 @@ std::span<const float> Generator::feed(std::span<const std::int32_t> tokens) {
   for (const std::int32_t token : tokens)
     check(token >= 0 && token < vocab, "token {} is outside the model's vocabulary of {}; the tokenizer does not fit",
           token, vocab);
-  std::span<const float> logits;
+  Pass* last = nullptr;
   while (!tokens.empty()) {
     Pass& next = pass(std::min<std::int64_t>(kPrefillTokens, static_cast<std::int64_t>(tokens.size())));
     const auto size = static_cast<std::size_t>(next.count);
-    std::copy_n(tokens.begin(), size, next.tokens_memory.span<std::int32_t>().begin());
-    first_.span<std::int32_t>()[0] = static_cast<std::int32_t>(filled_);
+    const auto first = static_cast<std::int32_t>(filled_);
+    backend_.upload(inputs_.tokens.view().rows(0, next.count), tokens.data());
+    backend_.upload(inputs_.first.view(), &first);
     next.executor.run(Phase::micro, false);
     filled_ += next.count;
     tokens = tokens.subspan(size);
-    logits = next.executor.tensor(next.values.logits).span<float>();
+    last = &next;
   }
-  return logits;
+  read_logits(*last);
+  return logits_;
 }
 
 std::vector<std::int32_t> Generator::run(const std::vector<std::int32_t>& prompt, std::int64_t count, std::int32_t eos,

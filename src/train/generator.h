@@ -6,6 +6,7 @@
 
 #include "graph/executor.h"
 #include "model/llama.h"
+#include "train/device_memory.h"
 
 namespace kiln {
 
@@ -22,6 +23,8 @@ void validate(const SamplingOptions& options);
 class Generator {
  public:
   /// `positions` is the capacity of the cache: prompt and new tokens together.
+  Generator(const DeviceWeights& weights, std::int64_t positions);
+  /// On the CPU in f32.
   Generator(const ModelWeights& weights, std::int64_t positions);
   ~Generator();
 
@@ -40,11 +43,18 @@ class Generator {
  private:
   struct Pass;  // a plan for a fixed number of new tokens
   Pass& pass(std::int64_t tokens);
+  void read_logits(const Pass& last);
 
-  const ModelWeights& weights_;
+  Generator(std::unique_ptr<const DeviceWeights> owned, std::int64_t positions);
+
+  std::unique_ptr<const DeviceWeights> owned_;  // when made from a host model
+  const DeviceWeights& weights_;
+  Backend& backend_;
   std::int64_t positions_, filled_ = 0;
-  HostTensor rope_table_, first_;
-  std::vector<HostTensor> cache_;  // keys and values, layer by layer
+  ModelInputs inputs_;               // tokens of the largest pass
+  std::vector<DeviceTensor> cache_;  // keys and values, layer by layer
+  std::vector<std::byte> raw_logits_;
+  std::vector<float> logits_;
   std::vector<std::unique_ptr<Pass>> passes_;
   std::vector<std::int32_t> scratch_;  // of sampling
 };

@@ -6,7 +6,8 @@
 
 #include "base/rng.h"
 #include "graph/executor.h"
-#include "ops/rope.h"
+#include "train/device.h"
+#include "train/device_memory.h"
 
 namespace kiln {
 namespace {
@@ -17,51 +18,76 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
 
 /// Everything a step binds, on synthetic data.
 struct Bench {
+  std::unique_ptr<Backend> backend;
+  BatchShape batch;
   TrainPlan train;
   ModelWeights weights;
   OptimizerStates states;
-  HostTensor tokens, targets, first, rope_table, scalars;
+  DeviceWeights device_weights;
+  DeviceStates device_states;
+  ModelInputs inputs;
   Executor executor;
+  std::unique_ptr<Replay> replay;
+  StepScalars scalars{};
 
-  Bench(const StepBenchOptions& o, TrainPlan plan)
-      : train(std::move(plan)),
+  Bench(const StepBenchOptions& o, std::unique_ptr<Backend> device, TrainPlan plan)
+      : backend(std::move(device)),
+        batch(o.batch),
+        train(std::move(plan)),
         weights(o.model, DType::f32),
-        states(train),
-        tokens({{o.batch.tokens()}, DType::i32}),
-        targets({{o.batch.tokens()}, DType::i32}),
-        first({{1}, DType::i32}),
-        rope_table({{o.batch.seq_len, o.model.head_dim}, DType::f32}),
-        scalars(scalars_spec()),
-        executor(train.plan, 1) {
+        states(weights.table(), *train.optimizer),
+        device_weights(weights, storage_layout(*backend), !train.lows.empty(), *backend),
+        device_states(train, states, *backend),
+        inputs(*backend, o.model, device_weights.layout(), o.batch.tokens() * o.micro_batches, o.batch.seq_len),
+        executor(train.plan, o.micro_batches, *backend),
+        replay(backend->replay()) {
     initialise(weights, 1);
-    fill_rope_table(rope_table.view(), o.model.rope_base);
+    device_weights.push();
     const Philox random(1, stream_of("bench"));
-    for (std::int64_t i = 0; i < o.batch.tokens(); ++i) {
-      const auto n = static_cast<std::uint64_t>(i), vocab = static_cast<std::uint64_t>(o.model.vocab);
-      tokens.span<std::int32_t>()[n] = static_cast<std::int32_t>(random.bits(n) % vocab);
-      targets.span<std::int32_t>()[n] = static_cast<std::int32_t>(random.bits(n + 1) % vocab);
+    const auto count = static_cast<std::uint64_t>(inputs.tokens.view().numel());
+    std::vector<std::int32_t> tokens, targets;
+    for (std::uint64_t n = 0; n < count; ++n) {
+      const auto vocab = static_cast<std::uint64_t>(o.model.vocab);
+      tokens.push_back(static_cast<std::int32_t>(random.bits(n) % vocab));
+      targets.push_back(static_cast<std::int32_t>(random.bits(n + 1) % vocab));
     }
-    scalar(scalars.view(), Scalar::lr) = 1e-3;
-    scalar(scalars.view(), Scalar::loss_scale) = 1.0 / static_cast<double>(o.batch.tokens());
-    for (std::size_t s = 0; s < train.values.storages.size(); ++s)
-      executor.bind(train.values.storages[s], weights.storage(s));
+    backend->upload(inputs.tokens.view(), tokens.data());
+    backend->upload(inputs.targets.view(), targets.data());
+    scalar(scalars, Scalar::lr) = 1e-3;
+    scalar(scalars, Scalar::loss_scale) = 1.0 / static_cast<double>(count);
+    for (std::size_t s = 0; s < device_weights.count(); ++s)
+      executor.bind(train.values.storages[s], device_weights.storage(s));
+    for (std::size_t s = 0; s < train.lows.size(); ++s) executor.bind(train.lows[s], device_weights.low(s));
     for (std::size_t p = 0; p < train.states.size(); ++p)
-      for (std::size_t s = 0; s < train.states[p].size(); ++s) executor.bind(train.states[p][s], states.tensor(p, s));
-    executor.bind(train.values.tokens, tokens.view());
-    executor.bind(train.values.targets, targets.view());
-    executor.bind(train.values.first, first.view());
-    executor.bind(train.values.rope_table, rope_table.view());
-    executor.bind(train.values.scalars, scalars.view());
+      for (std::size_t s = 0; s < train.states[p].size(); ++s)
+        executor.bind(train.states[p][s], device_states.tensor(p, s));
+    inputs.bind(executor, train.values);
   }
 
-  void step() {
-    scalar(scalars.view(), Scalar::step) += 1;
-    executor.run(Phase::micro, false);
+  void run_plan(int micro_batches) {
+    for (int m = 0; m < micro_batches; ++m) {
+      inputs.bind(executor, train.values, m * batch.tokens());
+      executor.run(Phase::micro, m > 0);
+    }
     executor.run(Phase::update, false);
+  }
+  void step(int micro_batches, bool replayed) {
+    scalar(scalars, Scalar::step) += 1;
+    inputs.set_scalars(*backend, scalars);
+    if (replayed)
+      replay->run([&] { run_plan(micro_batches); });
+    else
+      run_plan(micro_batches);
+  }
+  /// Mean loss of the last step.
+  double loss() {
+    StepScalars result{};
+    backend->download(result.data(), inputs.scalars.view());
+    return scalar(result, Scalar::loss) * scalar(result, Scalar::loss_scale);
   }
 };
 
-std::vector<OpTime> by_op(const Bench& bench, int steps) {
+std::vector<OpTime> by_op(Bench& bench, int steps) {
   std::map<std::string, OpTime> total;
   const std::vector<Node>& nodes = bench.train.plan.nodes();
   for (std::size_t n = 0; n < nodes.size(); ++n) {
@@ -81,32 +107,51 @@ std::vector<OpTime> by_op(const Bench& bench, int steps) {
 
 }  // namespace
 
+GemmRate ceiling_of(Backend& backend) {
+  return backend.is_host() ? gemm_ceiling() : GemmRate{"published", published_flops_per_s(backend)};
+}
+
 StepBench bench_step(const StepBenchOptions& o) {
   const auto communicator = make_local_communicator();
-  Bench bench(o, record_train_plan({.model = o.model, .optimizer = o.optimizer, .micro = o.batch}, *communicator));
-  for (int i = 0; i < 2; ++i) bench.step();
-  const GemmRate before = gemm_ceiling();
-  bench.executor.set_profiling(true);
+  std::unique_ptr<Backend> backend = open_device(o.device);
+  TrainPlan plan = record_train_plan({.model = o.model,
+                                      .optimizer = o.optimizer,
+                                      .micro = o.batch,
+                                      .micro_batches = o.micro_batches,
+                                      .clip_norm = o.clip_norm,
+                                      .layout = storage_layout(*backend),
+                                      .masters = o.masters && !backend->is_host()},
+                                     *communicator);
+  Bench bench(o, std::move(backend), std::move(plan));
+  for (int i = 0; i < 3; ++i) bench.step(o.micro_batches, true);
+  bench.backend->synchronize();
+  const GemmRate before = ceiling_of(*bench.backend);
   std::vector<double> seconds;
   for (int i = 0; i < o.steps; ++i) {
     const auto begin = std::chrono::steady_clock::now();
-    bench.step();
+    bench.step(o.micro_batches, true);
+    bench.backend->synchronize();
     seconds.push_back(seconds_since(begin));
   }
-  const GemmRate after = gemm_ceiling();
+  // By op in a second round, since marks between ops would slow the first.
+  bench.executor.set_profiling(true);
+  const int profiled = std::min(o.steps, 3);
+  for (int i = 0; i < profiled; ++i) bench.step(o.micro_batches, false);
+  const GemmRate after = ceiling_of(*bench.backend);
   const GemmRate& ceiling = before.flops_per_s > after.flops_per_s ? before : after;
   std::sort(seconds.begin(), seconds.end());
 
   StepBench result;
-  const auto tokens = static_cast<double>(o.batch.tokens());
+  const auto tokens = static_cast<double>(o.batch.tokens() * o.micro_batches);
+  result.device = bench.backend->name();
   result.step_seconds = seconds[seconds.size() / 2];
   result.tokens_per_s = tokens / result.step_seconds;
   result.step_flops = tokens * o.model.flops_per_token(o.batch.seq_len);
   result.gemm_flops_per_s = ceiling.flops_per_s;
   result.gemm_library = ceiling.library;
-  for (const float loss : bench.executor.tensor(bench.train.values.losses).span<float>())
-    result.loss += static_cast<double>(loss) / tokens;
-  result.ops = by_op(bench, o.steps);
+  result.device_bytes = bench.backend->allocated_bytes();
+  result.loss = bench.loss();
+  result.ops = by_op(bench, profiled);
   return result;
 }
 

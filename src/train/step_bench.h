@@ -2,6 +2,7 @@
 #include <string>
 #include <vector>
 
+#include "train/config.h"
 #include "train/train_plan.h"
 
 namespace kiln {
@@ -9,8 +10,12 @@ namespace kiln {
 struct StepBenchOptions {
   LlamaConfig model;
   OptimizerOptions optimizer;
-  BatchShape batch{8, 256};
+  BatchShape batch{8, 256};  // a micro-batch
+  int micro_batches = 1;
   int steps = 5;
+  Device device = Device::automatic;
+  double clip_norm = 1.0;
+  bool masters = true;  // on a GPU: f32 masters, else bf16 with stochastic rounding
 };
 
 /// Seconds per step of one kind of node.
@@ -20,10 +25,12 @@ struct OpTime {
 };
 
 struct StepBench {
-  double step_seconds = 0;  // median
+  std::string device;
+  std::size_t device_bytes = 0;  // allocated on the device; 0 on the CPU, where buffers are not tracked
+  double step_seconds = 0;       // median
   double tokens_per_s = 0;
   double step_flops = 0;        // by LlamaConfig::flops_per_token, the definition of MFU
-  double gemm_flops_per_s = 0;  // ceiling measured before and after the steps (the larger)
+  double gemm_flops_per_s = 0;  // CPU: measured before and after the steps (the larger); GPU: as published
   std::string gemm_library;     // whose
   double loss = 0;
   std::vector<OpTime> ops;  // longest first

@@ -14,15 +14,18 @@ struct TrainPlanOptions {
   BatchShape micro;        // one micro-batch of one rank
   int micro_batches = 1;   // a step, on each rank
   double clip_norm = 1.0;  // 0: no clipping
+  StorageLayout layout = DType::f32;
+  bool masters = false;  // bf16 weights are the upper halves of f32 masters
 };
 
 /// A whole training step as a plan: forward and backward in the micro phase; all-reduce, global norm, clipping and the
 /// updates in the update phase. Nothing is allocated; `kiln plan` packs it and the trainer binds and runs it.
 struct TrainPlan {
   Plan plan;
-  ParameterTable table;
+  ParameterTable table;  // in the layout's sizes
   std::unique_ptr<Optimizer> optimizer;
   LlamaValues values;
+  std::vector<ValueId> lows;                        // with masters: their low halves, by storage
   std::vector<std::vector<StateSpec>> state_specs;  // by parameter
   std::vector<std::vector<ValueId>> states;         // by parameter, as state_specs
 
@@ -36,7 +39,7 @@ TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& commu
 /// Memory of all optimizer states, zeroed, and their one list for saving, loading and counting.
 class OptimizerStates {
  public:
-  explicit OptimizerStates(const TrainPlan& plan);
+  OptimizerStates(const ParameterTable& table, const Optimizer& optimizer);
   /// Calls visit(name, tensor) for each state: "model.layers.0.self_attn.q_proj.weight.exp_avg".
   template <typename F>
   void visit(F&& f) const {

@@ -6,10 +6,11 @@
 
 #include "base/log.h"
 #include "base/signals.h"
+#include "dist/device_communicator.h"
 #include "io/checkpoint.h"
-#include "ops/rope.h"
 #include "report/progress.h"
 #include "report/tensorboard.h"
+#include "train/device.h"
 #include "train/model_files.h"
 #include "train/schedule.h"
 #include "train/step_bench.h"
@@ -17,16 +18,12 @@
 namespace kiln {
 namespace {
 
-/// A step's wall clock in milliseconds.
-class Stopwatch {
- public:
-  double ms() const {
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin_).count();
-  }
+bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
- private:
-  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
-};
+/// f32 masters, of which bf16 weights are the upper halves; the CPU's weights are f32 themselves.
+bool keeps_masters(const Config& config, const Backend& backend) {
+  return !backend.is_host() && config.precision.weights == WeightPrecision::fp32;
+}
 
 std::filesystem::path snapshots_of(const Config& config) { return std::filesystem::path(config.run.dir) / "snapshots"; }
 
@@ -70,37 +67,44 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       model_(model_config(config)),
       micro_(micro_batch(config, communicator.size())),
       data_(config.data.train, config.data.seq_len, model_.vocab, config.run.seed),
+      backend_(open_device(config.run.device)),
+      device_communicator_(make_device_communicator(communicator, *backend_)),
       train_(record_train_plan({.model = model_,
                                 .optimizer = optimizer_options(config),
                                 .micro = micro_,
                                 .micro_batches = micro_batches(),
-                                .clip_norm = config.optimizer.clip_norm},
-                               communicator)),
+                                .clip_norm = config.optimizer.clip_norm,
+                                .layout = storage_layout(*backend_),
+                                .masters = keeps_masters(config, *backend_)},
+                               device_communicator_ ? *device_communicator_ : communicator)),
       weights_(model_, DType::f32),
-      states_(train_),
-      tokens_({{config.batch.sequences / communicator.size() * config.data.seq_len}, DType::i32}, "tokens"),
-      targets_(tokens_.view().spec, "targets"),
-      first_({{1}, DType::i32}),
-      rope_table_({{config.data.seq_len, model_.head_dim}, DType::f32}),
-      scalars_(scalars_spec()),
-      executor_(train_.plan, micro_batches()) {
+      states_(weights_.table(), *train_.optimizer),
+      device_weights_(weights_, storage_layout(*backend_), keeps_masters(config, *backend_), *backend_),
+      device_states_(train_, states_, *backend_),
+      tokens_(static_cast<std::size_t>(config.batch.sequences / communicator.size() * config.data.seq_len)),
+      targets_(tokens_.size()),
+      inputs_(*backend_, model_, device_weights_.layout(), static_cast<std::int64_t>(tokens_.size()),
+              config.data.seq_len),
+      executor_(train_.plan, micro_batches(), *backend_),
+      replay_(backend_->replay()) {
   // Found out now, not at the first checkpoint.
   if (!config.data.tokenizer.empty() && !std::filesystem::is_regular_file(config.data.tokenizer))
     fail(ExitCode::data, "data.tokenizer: {}: no such file; make it with `kiln tokenize`, or leave the key out",
          config.data.tokenizer);
+  launched_.reserve(2);
   initialise(weights_, config.run.seed);
-  fill_rope_table(rope_table_.view(), model_.rope_base);
-  for (std::size_t s = 0; s < train_.values.storages.size(); ++s)
-    executor_.bind(train_.values.storages[s], weights_.storage(s));
+  device_weights_.push();
+  for (std::size_t s = 0; s < device_weights_.count(); ++s)
+    executor_.bind(train_.values.storages[s], device_weights_.storage(s));
+  for (std::size_t s = 0; s < train_.lows.size(); ++s) executor_.bind(train_.lows[s], device_weights_.low(s));
   for (std::size_t p = 0; p < train_.states.size(); ++p)
-    for (std::size_t s = 0; s < train_.states[p].size(); ++s) executor_.bind(train_.states[p][s], states_.tensor(p, s));
-  executor_.bind(train_.values.first, first_.view());
-  executor_.bind(train_.values.rope_table, rope_table_.view());
-  executor_.bind(train_.values.scalars, scalars_.view());
+    for (std::size_t s = 0; s < train_.states[p].size(); ++s)
+      executor_.bind(train_.states[p][s], device_states_.tensor(p, s));
+  inputs_.bind(executor_, train_.values);
   if (!config.data.valid.empty()) {
     valid_.emplace(config.data.valid, config.data.seq_len, model_.vocab, config.run.seed);
     evaluator_ =
-        std::make_unique<Evaluator>(weights_, config.eval.micro.value_or(micro_.sequences), config.data.seq_len);
+        std::make_unique<Evaluator>(device_weights_, config.eval.micro.value_or(micro_.sequences), config.data.seq_len);
   }
 }
 
@@ -110,8 +114,18 @@ int Trainer::micro_batches() const {
   return static_cast<int>(config_.batch.sequences / communicator_.size() / micro_.sequences);
 }
 
+const ModelWeights& Trainer::weights() const {
+  device_weights_.pull();
+  return weights_;
+}
+
+const OptimizerStates& Trainer::states() const {
+  device_states_.pull();
+  return states_;
+}
+
 RunState Trainer::run_state() const {
-  return {.weights = weights_, .states = states_, .config = to_json(config_), .tokenizer = config_.data.tokenizer};
+  return {.weights = weights(), .states = states(), .config = to_json(config_), .tokenizer = config_.data.tokenizer};
 }
 
 bool Trainer::resume_latest() {
@@ -122,67 +136,92 @@ bool Trainer::resume_latest() {
 }
 
 void Trainer::resume(const std::filesystem::path& checkpoint) {
-  at_ = load_checkpoint(checkpoint, run_state());
+  at_ = load_checkpoint(checkpoint, {weights_, states_, {}, {}});
+  device_weights_.push();
+  device_states_.push();
   if (communicator_.rank() == 0) log_info("resumed {} at step {}", checkpoint.string(), at_.step);
 }
 
 void Trainer::initialise_from(const std::filesystem::path& model) {
   load_weights(model, weights_);
+  device_weights_.push();
   if (communicator_.rank() == 0) log_info("weights of {}", model.string());
 }
 
-/// Fills this rank's share of the global batch; returns the number of targets that count, over all ranks.
+/// Hands this rank's share of the next global batch to the device; returns the targets that count, over all ranks.
 double Trainer::load_batch() {
   const std::int64_t share = config_.batch.sequences / communicator_.size();
   const auto length = static_cast<std::size_t>(config_.data.seq_len);
-  const std::span<std::int32_t> tokens = tokens_.span<std::int32_t>(), targets = targets_.span<std::int32_t>();
   for (std::int64_t i = 0; i < share; ++i)
     data_.sample(at_.position + communicator_.rank() * share + i,
-                 tokens.subspan(static_cast<std::size_t>(i) * length, length),
-                 targets.subspan(static_cast<std::size_t>(i) * length, length));
-  const auto counted = std::count_if(targets.begin(), targets.end(), [](std::int32_t t) { return t >= 0; });
+                 std::span(tokens_).subspan(static_cast<std::size_t>(i) * length, length),
+                 std::span(targets_).subspan(static_cast<std::size_t>(i) * length, length));
+  backend_->upload(inputs_.tokens.view(), tokens_.data());
+  backend_->upload(inputs_.targets.view(), targets_.data());
+  const auto counted = std::ranges::count_if(targets_, [](std::int32_t t) { return t >= 0; });
   return communicator_.sum(static_cast<double>(counted));
 }
 
-void Trainer::stop_if_diverged(double loss) const {
-  if (std::isfinite(loss)) return;
+/// The update of such a step changed nothing (optim/optimizer.h).
+void Trainer::stop_if_diverged(double value, std::int64_t step) const {
+  if (std::isfinite(value)) return;
   fail(ExitCode::diverged,
        "{}: the loss of step {} is {}, expected a finite number; the last checkpoint stands: lower schedule.peak_lr or "
        "optimizer.clip_norm and resume",
-       config_.run.dir, at_.step + 1, loss);
+       config_.run.dir, step, value);
+}
+
+/// All the work of a step on the device; the same at every step, so that a device can replay it.
+void Trainer::run_plan() {
+  for (int m = 0; m < micro_batches(); ++m) {
+    inputs_.bind(executor_, train_.values, m * micro_.tokens());
+    executor_.run(Phase::micro, m > 0);
+  }
+  executor_.run(Phase::update, false);
 }
 
 StepMetrics Trainer::step() {
-  const Stopwatch watch;
-  const Tensor scalars = scalars_.view();
+  launch();
+  return collect();
+}
+
+void Trainer::launch() {
+  const auto begin = std::chrono::steady_clock::now();
   const double counted = load_batch();
+  StepScalars scalars{};
   scalar(scalars, Scalar::step) = static_cast<double>(at_.step + 1);
   scalar(scalars, Scalar::lr) = learning_rate(config_.schedule, at_.step + 1);
   scalar(scalars, Scalar::loss_scale) = 1.0 / counted;
-
-  double loss = 0;
-  for (int m = 0; m < micro_batches(); ++m) {
-    executor_.bind(train_.values.tokens, tokens_.view().rows(m * micro_.tokens(), micro_.tokens()));
-    executor_.bind(train_.values.targets, targets_.view().rows(m * micro_.tokens(), micro_.tokens()));
-    executor_.run(Phase::micro, m > 0);
-    for (const float l : executor_.tensor(train_.values.losses).span<float>()) loss += static_cast<double>(l);
-  }
-  loss = communicator_.sum(loss) / counted;
-  stop_if_diverged(loss);
-  executor_.run(Phase::update, false);
-  stop_if_diverged(scalar(scalars, Scalar::grad_norm));
-
+  inputs_.set_scalars(*backend_, scalars);
+  replay_->run([this] { run_plan(); });
   at_.step += 1;
   at_.position += config_.batch.sequences;
   at_.tokens += config_.batch.sequences * config_.data.seq_len;
-  train_loss_ = loss;
-  const double ms = watch.ms();
-  const double tokens = static_cast<double>(config_.batch.sequences * config_.data.seq_len);
-  const double tokens_per_s = tokens / ms * 1e3;
-  return {.step = at_.step,
-          .tokens = at_.tokens,
-          .loss = loss,
-          .lr = scalar(scalars, Scalar::lr),
+  launched_.push_back({.at = at_,
+                       .counted = counted,
+                       .lr = scalar(scalars, Scalar::lr),
+                       .fetch = backend_->fetch(inputs_.scalars.view()),
+                       .begin = begin});
+}
+
+StepMetrics Trainer::collect() {
+  const Launched step = launched_.front();
+  launched_.erase(launched_.begin());
+  StepScalars scalars{};
+  backend_->collect(step.fetch, scalars.data());
+  train_loss_ = communicator_.sum(scalar(scalars, Scalar::loss)) / step.counted;
+  stop_if_diverged(train_loss_, step.at.step);
+  stop_if_diverged(scalar(scalars, Scalar::grad_norm), step.at.step);
+
+  // With two steps under way, the device began this one when it had finished the one before.
+  const auto end = std::chrono::steady_clock::now();
+  const double ms = std::chrono::duration<double, std::milli>(end - std::max(step.begin, collected_)).count();
+  collected_ = end;
+  const double tokens_per_s = static_cast<double>(config_.batch.sequences * config_.data.seq_len) / ms * 1e3;
+  return {.step = step.at.step,
+          .tokens = step.at.tokens,
+          .loss = train_loss_,
+          .lr = step.lr,
           .grad_norm = scalar(scalars, Scalar::grad_norm),
           .step_ms = ms,
           .tokens_per_s = tokens_per_s,
@@ -197,6 +236,7 @@ Evaluation Trainer::evaluate() {
 }
 
 std::size_t Trainer::memory_bytes() const {
+  if (!backend_->is_host()) return backend_->allocated_bytes();
   return weights_.bytes() + states_.bytes() + executor_.packing().arena_bytes +
          (evaluator_ ? evaluator_->arena_bytes() : 0);
 }
@@ -226,29 +266,44 @@ TrainSummary Trainer::summary() const {
           .tokens_per_s = outputs_ ? outputs_->median_tokens_per_s() : 0};
 }
 
+bool Trainer::pauses_after(std::int64_t step) const {
+  return step == config_.schedule.total_steps || (valid_ && due(config_.eval.every, step)) ||
+         due(config_.snapshots.every, step) || due(config_.checkpoint.every, step);
+}
+
+/// Evaluation, log, snapshot and checkpoint of a step; true when it was saved.
+bool Trainer::after_step(StepMetrics& metrics) {
+  const std::int64_t step = metrics.step;
+  if (valid_ && (due(config_.eval.every, step) || step == config_.schedule.total_steps)) {
+    metrics.valid_loss = valid_loss_ = evaluate().loss;
+    collected_ = std::chrono::steady_clock::now();
+  }
+  if (outputs_) outputs_->write(metrics);
+  if (due(config_.snapshots.every, step) && snapshot_due_phase(config_, step)) snapshot();
+  const bool saves = due(config_.checkpoint.every, step);
+  if (saves) save("checkpoint");
+  return saves;
+}
+
 TrainSummary Trainer::run() {
   const std::int64_t total = config_.schedule.total_steps;
   if (options_.write_files && communicator_.rank() == 0)
     outputs_ = std::make_unique<Outputs>(config_, at_.step, options_);
-  double rate = 0;
-  for (const GemmRate& library : bench_gemm(1024, 1024, 1024, 2)) rate = std::max(rate, library.flops_per_s);
+  double rate = published_flops_per_s(*backend_);
+  if (backend_->is_host())
+    for (const GemmRate& library : bench_gemm(1024, 1024, 1024, 2)) rate = std::max(rate, library.flops_per_s);
   peak_flops_per_s_ = communicator_.sum(rate);
 
-  auto due = [](std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; };
   bool saved = true;
   while (at_.step < total) {
-    StepMetrics metrics = step();
-    saved = false;
-    if (valid_ && (due(config_.eval.every, at_.step) || at_.step == total))
-      metrics.valid_loss = valid_loss_ = evaluate().loss;
-    if (outputs_) outputs_->write(metrics);
-    if (due(config_.snapshots.every, at_.step) && snapshot_due_phase(config_, at_.step)) snapshot();
-    if (due(config_.checkpoint.every, at_.step)) {
-      save("checkpoint");
-      saved = true;
-    }
+    if (launched_.empty()) launch();
+    // The device goes on while the host writes this step's metrics, unless the host must see the weights in between.
+    if (!backend_->is_host() && at_.step < total && !pauses_after(at_.step)) launch();
+    StepMetrics metrics = collect();
+    saved = after_step(metrics);
     const int signal = options_.stop_on_signal ? static_cast<int>(communicator_.maximum(stop_signal())) : 0;
     if (signal != 0) {
+      for (; !launched_.empty(); saved = after_step(metrics)) metrics = collect();
       if (!saved) save("checkpoint before stopping");
       TrainSummary stopped = summary();
       stopped.stopped_by = signal;

@@ -1,4 +1,5 @@
 #pragma once
+#include <chrono>
 #include <memory>
 #include <optional>
 
@@ -7,6 +8,7 @@
 #include "io/dataset.h"
 #include "report/metrics.h"
 #include "train/config.h"
+#include "train/device_memory.h"
 #include "train/evaluator.h"
 #include "train/run_state.h"
 #include "train/train_plan.h"
@@ -55,13 +57,18 @@ class Trainer {
 
   /// THE step: one global batch through the model, and the update. Returns its metrics.
   StepMetrics step();
+  /// Its two halves: launch() hands the step to the device, collect() waits for the oldest one handed over. A device
+  /// that is not the host may have two steps under way, so that it never waits for the host.
+  void launch();
+  StepMetrics collect();
 
   /// Mean loss over `eval.tokens` of the validation data.
   Evaluation evaluate();
 
   const RunPosition& at() const { return at_; }
-  const ModelWeights& weights() const { return weights_; }
-  const OptimizerStates& states() const { return states_; }
+  /// Weights and states on the host, as of the last step collected.
+  const ModelWeights& weights() const;
+  const OptimizerStates& states() const;
   std::size_t memory_bytes() const;
 
  private:
@@ -69,11 +76,23 @@ class Trainer {
 
   int micro_batches() const;
   double load_batch();
+  void run_plan();
   RunState run_state() const;
+  bool pauses_after(std::int64_t step) const;
+  bool after_step(StepMetrics& metrics);
   void save(const char* what);
   void snapshot();
-  void stop_if_diverged(double loss) const;
+  void stop_if_diverged(double value, std::int64_t step) const;
   TrainSummary summary() const;
+
+  /// A step that the device was given and whose results were not yet collected.
+  struct Launched {
+    RunPosition at;  // after it
+    double counted;  // targets, over all ranks
+    double lr;
+    std::size_t fetch;  // of the scalars
+    std::chrono::steady_clock::time_point begin;
+  };
 
   Config config_;
   Communicator& communicator_;
@@ -82,15 +101,22 @@ class Trainer {
   BatchShape micro_;  // one micro-batch of this rank
   Dataset data_;
   std::optional<Dataset> valid_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Communicator> device_communicator_;  // sums tensors of the device; null where the host's can
   TrainPlan train_;
-  ModelWeights weights_;
+  ModelWeights weights_;  // on the host: what files hold
   OptimizerStates states_;
-  HostTensor tokens_, targets_;  // the rank's share of a step, [micro-batches * tokens]
-  HostTensor first_, rope_table_, scalars_;
+  DeviceWeights device_weights_;
+  DeviceStates device_states_;
+  std::vector<std::int32_t> tokens_, targets_;  // the rank's share of a step, [micro-batches * tokens]
+  ModelInputs inputs_;
   Executor executor_;
+  std::unique_ptr<Replay> replay_;
   std::unique_ptr<Evaluator> evaluator_;
   std::unique_ptr<Outputs> outputs_;
-  RunPosition at_;
+  RunPosition at_;                  // of the last step launched
+  std::vector<Launched> launched_;  // oldest first, at most two
+  std::chrono::steady_clock::time_point collected_{};
   double peak_flops_per_s_ = 0;
   double train_loss_ = 0;
   std::optional<double> valid_loss_;

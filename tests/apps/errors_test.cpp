@@ -19,7 +19,7 @@ TEST_CASE("usage and configuration errors exit with 2 and name the place") {
   const Workspace fresh;
   expect(fresh("KILN train DIR/c.yaml optimizer.kind=firra"), 2, "did you mean 'fira'?");
   expect(fresh("KILN train DIR/c.yaml schedule.total_steps=many"), 2, "expected a whole number");
-  expect(fresh("KILN train DIR/c.yaml run.device=cuda"), 2, "not available in this version");
+  expect(fresh("KILN train DIR/c.yaml run.device=cuda"), 2, "run.device: cuda, but this");
   expect(fresh("KILN train DIR/c.yaml batch.micro=5"), 2, "does not divide");
   expect(fresh("KILN train DIR/c.yaml model.heads=5"), 2, "expected a multiple of model.heads 5");
 }

@@ -111,7 +111,7 @@ TEST_CASE("Formula and counted bytes agree to the byte", "[memory_report]") {
       const TrainPlan plan = record_train_plan(options, *communicator);
       const MemoryFormula formula = memory_formula(plan, options);
       CHECK(formula.states == plan.state_bytes());
-      CHECK(formula.states == OptimizerStates(plan).bytes());
+      CHECK(formula.states == OptimizerStates(plan.table, *plan.optimizer).bytes());
       CHECK(formula.weights == plan.parameter_bytes());
       CHECK(formula.activations == activations_kept_for_backward(plan.plan));
       const PackedMemory packed = packed_memory(config, *communicator);

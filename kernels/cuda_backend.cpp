@@ -1,0 +1,330 @@
+#include "kernels/cuda_backend.h"
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "base/log.h"
+#include "kernels/context.h"
+#include "kernels/launch.cuh"
+
+namespace kiln::cuda {
+namespace {
+
+/// unique_ptr for CUDA's handles; errors on destruction have nobody to go to.
+struct DestroyStream {
+  void operator()(cudaStream_t s) const { cudaStreamDestroy(s); }
+};
+struct DestroyEvent {
+  void operator()(cudaEvent_t e) const { cudaEventDestroy(e); }
+};
+struct DestroyGraph {
+  void operator()(cudaGraphExec_t g) const { cudaGraphExecDestroy(g); }
+};
+using Stream = std::unique_ptr<CUstream_st, DestroyStream>;
+using Event = std::unique_ptr<CUevent_st, DestroyEvent>;
+using Graph = std::unique_ptr<CUgraphExec_st, DestroyGraph>;
+
+Stream make_stream() {
+  cudaStream_t stream = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  return Stream(stream);
+}
+
+Event make_event(unsigned flags) {
+  cudaEvent_t event = nullptr;
+  check_cuda(cudaEventCreateWithFlags(&event, flags), "cudaEventCreate");
+  return Event(event);
+}
+
+/// Page-locked host memory, which copies asynchronously.
+Buffer make_pinned(std::size_t bytes) {
+  void* data = nullptr;
+  check_cuda(cudaMallocHost(&data, bytes), "cudaMallocHost");
+  return Buffer(static_cast<std::byte*>(data), bytes, [](std::byte* p) noexcept { cudaFreeHost(p); });
+}
+
+/// Device allocations of the process, each with its size before the bytes that are handed out, so that freeing needs no
+/// table. One device a process.
+std::size_t& allocated() {
+  static std::size_t bytes = 0;
+  return bytes;
+}
+
+/// What packing asks, answered without a device.
+class Planning : public Backend {
+ public:
+  std::string name() const override { return "cuda (planning)"; }
+  bool is_host() const override { return false; }
+  NodeGroup group(const Plan& plan, std::size_t first) const override {
+    NodeGroup group;
+    find_entry(plan, first, group);
+    return group;
+  }
+  std::size_t workspace_bytes(const Plan& plan, NodeGroup group) const override {
+    const Node& node = plan.nodes()[group.first];
+    const OpEntry* entry = find_entry(plan, group.first, group);
+    if (entry == nullptr) return node.op->any_device() ? node.op->workspace_bytes(plan.input_specs(node)) : 0;
+    return entry->workspace_bytes == nullptr ? 0 : entry->workspace_bytes({plan, group});
+  }
+
+  Buffer allocate(std::size_t, std::string_view) override { refuse(); }
+  std::size_t allocated_bytes() const override { return 0; }
+  void upload(const Tensor&, const void*) override { refuse(); }
+  void download(void*, const Tensor&) override { refuse(); }
+  std::size_t fetch(const Tensor&) override { refuse(); }
+  void collect(std::size_t, void*) override { refuse(); }
+  void fill_bytes(const Tensor&, std::uint8_t) override { refuse(); }
+  void synchronize() override { refuse(); }
+  std::unique_ptr<Kernel> kernel(const Plan&, NodeGroup) override { refuse(); }
+  std::unique_ptr<Replay> replay() override { refuse(); }
+  std::size_t mark() override { refuse(); }
+  double seconds_between(std::size_t, std::size_t) override { refuse(); }
+  void forget_marks() override { refuse(); }
+
+ private:
+  [[noreturn]] static void refuse() { fail(ExitCode::usage, "cuda: this backend plans only; it has no device"); }
+};
+
+/// The first call runs eagerly (kernels load, GEMMs are timed), the second is captured, all later ones replay.
+class GraphReplay final : public Replay {
+ public:
+  explicit GraphReplay(cudaStream_t stream) : stream_(stream) {}
+  void run(const std::function<void()>& body) override {
+    if (calls_++ == 0) return body();
+    if (!graph_) capture(body);
+    check_cuda(cudaGraphLaunch(graph_.get(), stream_), "cudaGraphLaunch");
+  }
+
+ private:
+  void capture(const std::function<void()>& body) {
+    check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    cudaGraph_t graph = nullptr;
+    try {
+      body();
+    } catch (...) {
+      cudaStreamEndCapture(stream_, &graph);  // leaves the stream usable for the error's report
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      throw;
+    }
+    check_cuda(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
+    cudaGraphExec_t executable = nullptr;
+    const cudaError_t made = cudaGraphInstantiate(&executable, graph, 0);
+    cudaGraphDestroy(graph);
+    check_cuda(made, "cudaGraphInstantiate");
+    graph_.reset(executable);
+  }
+
+  cudaStream_t stream_;
+  Graph graph_;
+  int calls_ = 0;
+};
+
+/// Where GEMM plans are kept between runs: $KILN_CACHE_DIR, or kiln/ in the user's cache directory; empty when the
+/// environment names neither.
+std::filesystem::path cache_file(const std::string& device) {
+  std::string name = "gemm-" + device + ".json";
+  for (char& c : name)
+    if (c == ' ' || c == '/') c = '-';
+  if (const char* directory = std::getenv("KILN_CACHE_DIR")) return std::filesystem::path(directory) / name;
+  if (const char* cache = std::getenv("XDG_CACHE_HOME")) return std::filesystem::path(cache) / "kiln" / name;
+  if (const char* home = std::getenv("HOME")) return std::filesystem::path(home) / ".cache" / "kiln" / name;
+  return {};
+}
+
+class CudaBackend final : public Planning {
+ public:
+  explicit CudaBackend(int device) {
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    cudaDeviceProp properties{};
+    check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+    name_ = properties.name;
+    check(properties.major == 9, "{}: compute capability {}.{}, but this program's kernels are built for 9.0 (Hopper)",
+          name_, properties.major, properties.minor);
+    stream_ = make_stream();
+    copies_ = make_stream();
+    gemms_ = std::make_unique<GemmPlans>(stream_.get());
+    cache_ = cache_file(name_);
+    if (!cache_.empty()) gemms_->load(cache_);
+    context_ = {.stream = stream_.get(), .multiprocessors = properties.multiProcessorCount, .gemms = gemms_.get()};
+    for (Fetch& fetch : fetches_) fetch.done = make_event(cudaEventDisableTiming | cudaEventBlockingSync);
+    for (Slot& slot : slots_) slot.free = make_event(cudaEventDisableTiming);
+    arrived_ = make_event(cudaEventDisableTiming);
+  }
+  ~CudaBackend() override {
+    cudaStreamSynchronize(stream_.get());
+    save_plans();
+  }
+
+  std::string name() const override { return name_; }
+  void* native_stream() const override { return stream_.get(); }
+
+  Buffer allocate(std::size_t bytes, std::string_view what) override {
+    if (bytes == 0) return {};
+    void* data = nullptr;
+    const std::size_t whole = bytes + kHeader;
+    if (cudaMalloc(&data, whole) != cudaSuccess) {
+      cudaGetLastError();  // clears it: the error is reported here
+      std::size_t free = 0, total = 0;
+      cudaMemGetInfo(&free, &total);
+      fail(ExitCode::resource,
+           "{}: out of memory: {} of {} bytes, {} of {} are free; use a smaller micro-batch or memory.recompute", name_,
+           what, bytes, free, total);
+    }
+    check_cuda(cudaMemsetAsync(data, 0, whole, stream_.get()), "cudaMemsetAsync");
+    check_cuda(cudaMemcpyAsync(data, &whole, sizeof(whole), cudaMemcpyHostToDevice, stream_.get()), "cudaMemcpyAsync");
+    check_cuda(cudaStreamSynchronize(stream_.get()), "cudaStreamSynchronize");
+    allocated() += whole;
+    return Buffer(static_cast<std::byte*>(data) + kHeader, bytes, release);
+  }
+  std::size_t allocated_bytes() const override { return allocated(); }
+
+  /// Through page-locked memory and a second stream, so that the copy overlaps the work under way; the last hop, from
+  /// device to device, takes its turn in the stream.
+  void upload(const Tensor& to, const void* from) override {
+    const auto* source = static_cast<const std::byte*>(from);
+    for (std::size_t done = 0; done < to.bytes(); done += kSlotBytes) {
+      const std::size_t bytes = std::min(kSlotBytes, to.bytes() - done);
+      Slot& slot = slots_[next_slot_++ % slots_.size()];
+      check_cuda(cudaEventSynchronize(slot.free.get()), "cudaEventSynchronize");
+      if (slot.host.size() < bytes) grow(slot, bytes);
+      std::memcpy(slot.host.data(), source + done, bytes);
+      check_cuda(cudaMemcpyAsync(slot.device.data(), slot.host.data(), bytes, cudaMemcpyHostToDevice, copies_.get()),
+                 "cudaMemcpyAsync");
+      check_cuda(cudaEventRecord(arrived_.get(), copies_.get()), "cudaEventRecord");
+      check_cuda(cudaStreamWaitEvent(stream_.get(), arrived_.get()), "cudaStreamWaitEvent");
+      check_cuda(cudaMemcpyAsync(static_cast<std::byte*>(to.data) + done, slot.device.data(), bytes,
+                                 cudaMemcpyDeviceToDevice, stream_.get()),
+                 "cudaMemcpyAsync");
+      check_cuda(cudaEventRecord(slot.free.get(), stream_.get()), "cudaEventRecord");
+    }
+  }
+  void download(void* to, const Tensor& from) override {
+    check_cuda(cudaMemcpyAsync(to, from.data, from.bytes(), cudaMemcpyDeviceToHost, stream_.get()), "cudaMemcpyAsync");
+    synchronize();
+  }
+  std::size_t fetch(const Tensor& from) override {
+    const std::size_t index = next_fetch_++ % kFetches;
+    Fetch& fetch = fetches_[index];
+    if (fetch.host.size() < from.bytes()) fetch.host = make_pinned(from.bytes());
+    fetch.bytes = from.bytes();
+    check_cuda(cudaMemcpyAsync(fetch.host.data(), from.data, from.bytes(), cudaMemcpyDeviceToHost, stream_.get()),
+               "cudaMemcpyAsync");
+    check_cuda(cudaEventRecord(fetch.done.get(), stream_.get()), "cudaEventRecord");
+    return index;
+  }
+  void collect(std::size_t fetch, void* to) override {
+    check_cuda(cudaEventSynchronize(fetches_[fetch].done.get()), "a step on the device");
+    std::memcpy(to, fetches_[fetch].host.data(), fetches_[fetch].bytes);
+    if (gemms_->changed()) save_plans();
+  }
+  void fill_bytes(const Tensor& tensor, std::uint8_t value) override {
+    check_cuda(cudaMemsetAsync(tensor.data, value, tensor.bytes(), stream_.get()), "cudaMemsetAsync");
+  }
+  void synchronize() override { check_cuda(cudaStreamSynchronize(stream_.get()), "cudaStreamSynchronize"); }
+
+  std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) override {
+    const OpEntry* entry = find_entry(plan, group.first, group);
+    const OpPtr op = plan.nodes()[group.first].op;
+    if (entry != nullptr) return entry->make({plan, group}, context_);
+    require(op->any_device(), "no kernel for {}; train on the CPU with run.device=cpu", op->name());
+    return simple_kernel([op](const KernelArgs& args) { op->run_cpu(args); });
+  }
+  std::unique_ptr<Replay> replay() override { return std::make_unique<GraphReplay>(stream_.get()); }
+
+  std::size_t mark() override {
+    if (marked_ == marks_.size()) marks_.push_back(make_event(cudaEventDefault));
+    check_cuda(cudaEventRecord(marks_[marked_].get(), stream_.get()), "cudaEventRecord");
+    return marked_++;
+  }
+  double seconds_between(std::size_t first, std::size_t second) override {
+    float ms = 0;
+    check_cuda(cudaEventElapsedTime(&ms, marks_[first].get(), marks_[second].get()), "cudaEventElapsedTime");
+    return 1e-3 * static_cast<double>(ms);
+  }
+  void forget_marks() override { marked_ = 0; }
+
+ private:
+  static constexpr std::size_t kHeader = 256, kSlotBytes = std::size_t{4} << 20;
+  /// A piece of an upload on its way.
+  struct Slot {
+    Buffer host, device;
+    Event free;  // the stream has taken it
+  };
+  struct Fetch {
+    Buffer host;
+    std::size_t bytes = 0;
+    Event done;
+  };
+
+  static void release(std::byte* p) noexcept {
+    std::size_t whole = 0;
+    cudaMemcpy(&whole, p - kHeader, sizeof(whole), cudaMemcpyDeviceToHost);
+    cudaFree(p - kHeader);
+    allocated() -= whole;
+  }
+  void grow(Slot& slot, std::size_t bytes) {
+    slot.host = make_pinned(bytes);
+    slot.device = allocate(bytes, "upload staging");
+  }
+  void save_plans() noexcept {
+    if (!gemms_->changed() || cache_.empty()) return;
+    try {
+      gemms_->save(cache_);
+    } catch (const std::exception& e) {
+      log_warning("GEMM plans were not kept ({}); the next run times them again and may round differently", e.what());
+      cache_.clear();
+    }
+  }
+
+  std::string name_;
+  Stream stream_, copies_;
+  Event arrived_;
+  std::unique_ptr<GemmPlans> gemms_;
+  std::filesystem::path cache_;
+  Context context_;
+  std::array<Slot, 4> slots_;
+  std::size_t next_slot_ = 0, next_fetch_ = 0, marked_ = 0;
+  std::array<Fetch, kFetches> fetches_;
+  std::vector<Event> marks_;
+};
+
+}  // namespace
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+std::vector<std::string> device_names() {
+  std::vector<std::string> names;
+  for (int device = 0; device < device_count(); ++device) {
+    cudaDeviceProp properties{};
+    check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+    names.emplace_back(properties.name);
+  }
+  return names;
+}
+
+std::string why_no_device() {
+  int count = 0;
+  const cudaError_t result = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  return result == cudaSuccess ? "none is visible" : cudaGetErrorString(result);
+}
+
+std::unique_ptr<Backend> make_backend(int device) { return std::make_unique<CudaBackend>(device); }
+std::unique_ptr<Backend> make_planning_backend() { return std::make_unique<Planning>(); }
+
+std::string runtime_version() {
+  int version = 0;
+  if (cudaRuntimeGetVersion(&version) != cudaSuccess) return "unknown";
+  return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
+}
+
+}  // namespace kiln::cuda

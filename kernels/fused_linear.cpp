@@ -1,0 +1,130 @@
+#include "kernels/context.h"
+#include "kernels/gemm_hopper.h"
+#include "ops/linear.h"
+#include "ops/rope.h"
+#include "ops/swiglu.h"
+
+// A projection and what follows it in one GEMM (gemm_hopper.h). Each is checked against its two nodes run apart.
+namespace kiln::cuda {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+int narrow(std::int64_t size) { return static_cast<int>(size); }
+
+/// The last use of the first node's output is the second node.
+bool only_second_reads(const Nodes& nodes) {
+  const ValueId value = nodes.node(0).out[0];
+  if (nodes.plan.value(value).kept) return false;
+  std::size_t uses = 0;
+  for (const Node& node : nodes.plan.nodes())
+    for (const ValueId in : node.in) uses += in == value ? 1 : 0;
+  return uses == 1;
+}
+
+bool fuses_rope(const Nodes& nodes) {
+  const std::vector<TensorSpec> in = nodes.inputs(0);
+  const AttentionShape& shape = nodes.op<Rope>(1).shape();
+  return nodes.node(1).in[0] == nodes.node(0).out[0] &&
+         nodes.plan.value(nodes.node(1).in[1]).spec.shape[0] == shape.seq_len &&
+         gemm_rope_supported(narrow(in[0].shape[0]), narrow(in[1].shape[0]), narrow(in[0].shape[1]),
+                             narrow(shape.head_dim));
+}
+
+class RopeKernel final : public Kernel {
+ public:
+  RopeKernel(const AttentionShape& shape, cudaStream_t stream) : shape_(shape), stream_(stream) {}
+  void run(std::span<const KernelArgs> nodes) override {
+    const KernelArgs& linear = nodes[0];
+    gemm_rope({.x = static_cast<const bf16*>(linear.in[0].data),
+               .w = static_cast<const bf16*>(linear.in[1].data),
+               .table = nodes[1].in[1].as<float>(),
+               .qkv = static_cast<bf16*>(linear.out[0].data),
+               .m = narrow(linear.in[0].shape()[0]),
+               .n = narrow(linear.in[1].shape()[0]),
+               .c = narrow(linear.in[0].shape()[1]),
+               .head_size = narrow(shape_.head_dim),
+               .rotated_heads = narrow(shape_.heads + shape_.kv_heads),
+               .tokens = narrow(shape_.seq_len)},
+              stream_);
+  }
+
+ private:
+  AttentionShape shape_;
+  cudaStream_t stream_;
+};
+
+std::unique_ptr<Kernel> make_rope(const Nodes& nodes, Context& context) {
+  return std::make_unique<RopeKernel>(nodes.op<Rope>(1).shape(), context.stream);
+}
+
+bool fuses_swiglu(const Nodes& nodes) {
+  const std::vector<TensorSpec> in = nodes.inputs(0);
+  return nodes.node(1).in[0] == nodes.node(0).out[0] &&
+         gemm_swiglu_supported(narrow(in[0].shape[0]), narrow(in[0].shape[1]), narrow(in[1].shape[0] / 2));
+}
+
+class SwigluKernel final : public Kernel {
+ public:
+  explicit SwigluKernel(cudaStream_t stream) : stream_(stream) {}
+  void run(std::span<const KernelArgs> nodes) override {
+    const KernelArgs& linear = nodes[0];
+    gemm_swiglu({.x = static_cast<const bf16*>(linear.in[0].data),
+                 .w = static_cast<const bf16*>(linear.in[1].data),
+                 .gate_up = static_cast<bf16*>(linear.out[0].data),
+                 .a = static_cast<bf16*>(nodes[1].out[0].data),
+                 .m = narrow(linear.in[0].shape()[0]),
+                 .c = narrow(linear.in[0].shape()[1]),
+                 .f = narrow(linear.in[1].shape()[0] / 2)},
+                stream_);
+  }
+
+ private:
+  cudaStream_t stream_;
+};
+
+std::unique_ptr<Kernel> make_swiglu(const Nodes&, Context& context) {
+  return std::make_unique<SwigluKernel>(context.stream);
+}
+
+/// linear_dx of the down projection, whose result nothing but swiglu_dx reads: it is never stored.
+bool fuses_swiglu_gradient(const Nodes& nodes) {
+  const std::vector<TensorSpec> in = nodes.inputs(0);
+  return nodes.node(1).in[1] == nodes.node(0).out[0] && only_second_reads(nodes) &&
+         gemm_swiglu_backward_supported(narrow(in[0].shape[0]), narrow(in[0].shape[1]), narrow(in[1].shape[1]));
+}
+
+class SwigluGradientKernel final : public Kernel {
+ public:
+  explicit SwigluGradientKernel(cudaStream_t stream) : stream_(stream) {}
+  void run(std::span<const KernelArgs> nodes) override {
+    const KernelArgs& linear = nodes[0];
+    gemm_swiglu_backward({.dy = static_cast<const bf16*>(linear.in[0].data),
+                          .w = static_cast<const bf16*>(linear.in[1].data),
+                          .gate_up = static_cast<const bf16*>(nodes[1].in[0].data),
+                          .dgate_up = static_cast<bf16*>(nodes[1].out[0].data),
+                          .m = narrow(linear.in[0].shape()[0]),
+                          .c = narrow(linear.in[0].shape()[1]),
+                          .f = narrow(linear.in[1].shape()[1])},
+                         stream_);
+  }
+
+ private:
+  cudaStream_t stream_;
+};
+
+std::unique_ptr<Kernel> make_swiglu_gradient(const Nodes&, Context& context) {
+  return std::make_unique<SwigluGradientKernel>(context.stream);
+}
+
+}  // namespace
+
+OpEntry linear_rope_entry() { return {.name = "linear", .second = "rope", .make = make_rope, .fuses = fuses_rope}; }
+OpEntry linear_swiglu_entry() {
+  return {.name = "linear", .second = "swiglu", .make = make_swiglu, .fuses = fuses_swiglu};
+}
+OpEntry linear_swiglu_gradient_entry() {
+  return {.name = "linear_dx", .second = "swiglu_dx", .make = make_swiglu_gradient, .fuses = fuses_swiglu_gradient};
+}
+
+}  // namespace kiln::cuda

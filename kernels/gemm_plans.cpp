@@ -1,0 +1,210 @@
+#include "kernels/gemm_plans.h"
+
+#include <cublasLt.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "base/files.h"
+#include "base/json.h"
+#include "kernels/launch.cuh"
+
+namespace kiln::cuda {
+namespace {
+
+constexpr int kCandidates = 16, kRepeats = 3;
+
+void check_lt(cublasStatus_t status, const char* call) {
+  if (status != CUBLAS_STATUS_SUCCESS)
+    fail(ExitCode::resource, "cuBLASLt: {} failed: {}", call, cublasLtGetStatusString(status));
+}
+
+/// unique_ptr for handles that are destroyed by a function.
+template <typename T, cublasStatus_t (*kDestroy)(T*)>
+struct Destroyer {
+  void operator()(T* handle) const { kDestroy(handle); }
+};
+using Handle = std::unique_ptr<cublasLtContext, Destroyer<cublasLtContext, cublasLtDestroy>>;
+using MatmulDesc =
+    std::unique_ptr<cublasLtMatmulDescOpaque_t, Destroyer<cublasLtMatmulDescOpaque_t, cublasLtMatmulDescDestroy>>;
+using Layout =
+    std::unique_ptr<cublasLtMatrixLayoutOpaque_t, Destroyer<cublasLtMatrixLayoutOpaque_t, cublasLtMatrixLayoutDestroy>>;
+using Preference = std::unique_ptr<cublasLtMatmulPreferenceOpaque_t,
+                                   Destroyer<cublasLtMatmulPreferenceOpaque_t, cublasLtMatmulPreferenceDestroy>>;
+
+Layout make_layout(cudaDataType_t type, std::int64_t rows, std::int64_t columns, std::int64_t ld) {
+  cublasLtMatrixLayout_t layout = nullptr;
+  check_lt(cublasLtMatrixLayoutCreate(&layout, type, static_cast<std::uint64_t>(rows),
+                                      static_cast<std::uint64_t>(columns), ld),
+           "cublasLtMatrixLayoutCreate");
+  return Layout(layout);
+}
+
+/// cuBLASLt is column-major, so it is given C' = op(B)' op(A)': the stored bytes stay as they are.
+struct Problem {
+  MatmulDesc desc;
+  Layout a, b, c;
+
+  explicit Problem(const Gemm& g)
+      : a(g.trans_b == Trans::yes ? make_layout(CUDA_R_16BF, g.k, g.n, g.ldb)
+                                  : make_layout(CUDA_R_16BF, g.n, g.k, g.ldb)),
+        b(g.trans_a == Trans::yes ? make_layout(CUDA_R_16BF, g.m, g.k, g.lda)
+                                  : make_layout(CUDA_R_16BF, g.k, g.m, g.lda)),
+        c(make_layout(g.c_type == DType::f32 ? CUDA_R_32F : CUDA_R_16BF, g.n, g.m, g.ldc)) {
+    cublasLtMatmulDesc_t raw = nullptr;
+    check_lt(cublasLtMatmulDescCreate(&raw, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+    desc.reset(raw);
+    const cublasOperation_t first = g.trans_b == Trans::yes ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t second = g.trans_a == Trans::yes ? CUBLAS_OP_T : CUBLAS_OP_N;
+    check_lt(cublasLtMatmulDescSetAttribute(raw, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof(first)), "transa");
+    check_lt(cublasLtMatmulDescSetAttribute(raw, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof(second)), "transb");
+  }
+};
+
+std::string key_of(const Gemm& g) {
+  return fmt::format("{}{} {}x{}x{} ld {},{},{} {}", g.trans_a == Trans::yes ? 't' : 'n',
+                     g.trans_b == Trans::yes ? 't' : 'n', g.m, g.n, g.k, g.lda, g.ldb, g.ldc, to_string(g.c_type));
+}
+
+std::string to_hex(const cublasLtMatmulAlgo_t& algo) {
+  std::string text;
+  for (const std::uint64_t word : algo.data) text += fmt::format("{:016x}", word);
+  return text;
+}
+
+cublasLtMatmulAlgo_t from_hex(const std::string& text) {
+  cublasLtMatmulAlgo_t algo{};
+  for (std::size_t i = 0; i < std::size(algo.data); ++i)
+    algo.data[i] = std::stoull(text.substr(16 * i, 16), nullptr, 16);
+  return algo;
+}
+
+std::string device_name() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  return properties.name;
+}
+
+}  // namespace
+
+struct GemmPlans::Impl {
+  struct Plan {
+    Problem problem;
+    cublasLtMatmulAlgo_t algo;
+  };
+
+  cudaStream_t stream = nullptr;
+  Handle handle;
+  std::map<std::string, Plan> plans;
+  std::map<std::string, std::string> choices;  // by shape, as the file holds them
+  bool changed = false;
+
+  cublasStatus_t matmul(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace) const {
+    const float alpha = 1, beta = g.accumulate ? 1.0f : 0.0f;
+    return cublasLtMatmul(handle.get(), p.desc.get(), &alpha, g.b, p.a.get(), g.a, p.b.get(), &beta, g.c, p.c.get(),
+                          g.c, p.c.get(), &algo, workspace, kWorkspaceBytes, stream);
+  }
+
+  /// Seconds of one candidate, the best of a few; infinite when it does not run.
+  double time(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace) const {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    check_cuda(cudaEventCreate(&begin), "cudaEventCreate");
+    check_cuda(cudaEventCreate(&end), "cudaEventCreate");
+    double best = INFINITY;
+    for (int i = 0; i <= kRepeats; ++i) {
+      check_cuda(cudaEventRecord(begin, stream), "cudaEventRecord");
+      if (matmul(p, g, algo, workspace) != CUBLAS_STATUS_SUCCESS) break;
+      check_cuda(cudaEventRecord(end, stream), "cudaEventRecord");
+      check_cuda(cudaEventSynchronize(end), "cudaEventSynchronize");
+      float ms = 0;
+      check_cuda(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+      if (i > 0) best = std::min(best, 1e-3 * static_cast<double>(ms));  // the first is a warm-up
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return best;
+  }
+
+  cublasLtMatmulAlgo_t choose(const Problem& p, const Gemm& g, void* workspace) const {
+    cublasLtMatmulPreference_t raw = nullptr;
+    check_lt(cublasLtMatmulPreferenceCreate(&raw), "cublasLtMatmulPreferenceCreate");
+    const Preference preference(raw);
+    const std::size_t bytes = kWorkspaceBytes;
+    check_lt(cublasLtMatmulPreferenceSetAttribute(raw, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes)),
+             "workspace");
+    std::array<cublasLtMatmulHeuristicResult_t, kCandidates> found{};
+    int count = 0;
+    cublasLtMatmulAlgoGetHeuristic(handle.get(), p.desc.get(), p.a.get(), p.b.get(), p.c.get(), p.c.get(), raw,
+                                   kCandidates, found.data(), &count);
+    if (count == 0) fail(ExitCode::usage, "cuBLASLt has no algorithm for the GEMM {}", key_of(g));
+    // Timing overwrites C, and the real call comes after it. What is to be added to cannot be overwritten: the
+    // heuristic's first choice stands (gradients begin by overwriting, so that this is rare).
+    if (g.accumulate) return found.front().algo;
+    std::size_t best = 0;
+    double seconds = INFINITY;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+      const double candidate = time(p, g, found[i].algo, workspace);
+      if (candidate < seconds) best = i, seconds = candidate;
+    }
+    if (seconds == INFINITY) fail(ExitCode::resource, "cuBLASLt: no algorithm runs the GEMM {}", key_of(g));
+    return found[best].algo;
+  }
+
+  Plan& plan(const Gemm& g, void* workspace) {
+    const std::string key = key_of(g);
+    if (const auto made = plans.find(key); made != plans.end()) return made->second;
+    Problem problem(g);
+    cublasLtMatmulAlgo_t algo;
+    if (const auto chosen = choices.find(key); chosen != choices.end()) {
+      algo = from_hex(chosen->second);
+    } else {
+      algo = choose(problem, g, workspace);
+      choices[key] = to_hex(algo);
+      changed = true;
+    }
+    return plans.emplace(key, Plan{std::move(problem), algo}).first->second;
+  }
+
+  Json header() const { return {{"device", device_name()}, {"cublasLt", cublasLtGetVersion()}}; }
+};
+
+GemmPlans::GemmPlans(cudaStream_t stream) : impl_(std::make_unique<Impl>()) {
+  impl_->stream = stream;
+  cublasLtHandle_t handle = nullptr;
+  check_lt(cublasLtCreate(&handle), "cublasLtCreate");
+  impl_->handle.reset(handle);
+}
+
+GemmPlans::~GemmPlans() = default;
+
+void GemmPlans::run(const Gemm& gemm, void* workspace) {
+  if (gemm.m == 0 || gemm.n == 0) return;
+  const Impl::Plan& plan = impl_->plan(gemm, workspace);
+  const cublasStatus_t status = impl_->matmul(plan.problem, gemm, plan.algo, workspace);
+  if (status != CUBLAS_STATUS_SUCCESS)
+    fail(ExitCode::resource, "cuBLASLt: the GEMM {} failed: {}", key_of(gemm), cublasLtGetStatusString(status));
+}
+
+void GemmPlans::load(const std::filesystem::path& file) {
+  if (!std::filesystem::is_regular_file(file)) return;
+  const Json json = read_json(file);
+  if (json.value("made_for", Json()) != impl_->header()) return;
+  for (const auto& [shape, algo] : json.at("plans").items()) impl_->choices[shape] = algo.get<std::string>();
+}
+
+void GemmPlans::save(const std::filesystem::path& file) const {
+  Json plans = Json::object();
+  for (const auto& [shape, algo] : impl_->choices) plans[shape] = algo;
+  std::filesystem::create_directories(file.parent_path());
+  write_text_atomic(file, Json{{"made_for", impl_->header()}, {"plans", plans}}.dump(1) + "\n");
+  impl_->changed = false;
+}
+
+bool GemmPlans::changed() const { return impl_->changed; }
+
+}  // namespace kiln::cuda

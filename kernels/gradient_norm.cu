@@ -1,0 +1,128 @@
+#include "optim/gradient_norm.h"
+
+#include <vector>
+
+#include "graph/parameter.h"
+#include "kernels/context.h"
+#include "kernels/launch.cuh"
+#include "kernels/vector.cuh"
+#include "ops/loss_sum.h"
+
+namespace kiln::cuda {
+namespace {
+
+constexpr int kThreads = 256, kPiece = 16384;  // elements whose squares one block sums
+
+struct Piece {
+  const float* g;
+  int count;
+};
+
+/// partial[p] = sum of squares of piece p: f32 within a thread's strided share, f64 across threads.
+__global__ void __launch_bounds__(kThreads) squares(const Piece* pieces, double* partial) {
+  __shared__ double scratch[kThreads / 32];
+  const Piece piece = pieces[blockIdx.x];
+  const int vectors = piece.count / 4;
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
+    const float4 x = reinterpret_cast<const float4*>(piece.g)[i];
+    sum.x += x.x * x.x;
+    sum.y += x.y * x.y;
+    sum.z += x.z * x.z;
+    sum.w += x.w * x.w;
+  }
+  double mine =
+      static_cast<double>(sum.x) + static_cast<double>(sum.y) + static_cast<double>(sum.z) + static_cast<double>(sum.w);
+  if (threadIdx.x == 0)
+    for (int i = vectors * 4; i < piece.count; ++i)
+      mine += static_cast<double>(piece.g[i]) * static_cast<double>(piece.g[i]);
+  const double total = block_sum(mine, scratch);
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(1024) finish(const double* partial, int count, double clip_norm, double* scalars) {
+  __shared__ double scratch[32];
+  double mine = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += 1024) mine += partial[i];
+  const double total = block_sum(mine, scratch);
+  if (threadIdx.x != 0) return;
+  const double loss = scalars[static_cast<int>(Scalar::loss)];
+  const double norm = isfinite(loss) ? sqrt(total) : loss;
+  scalars[static_cast<int>(Scalar::grad_norm)] = norm;
+  scalars[static_cast<int>(Scalar::clip_scale)] = clip_norm > 0 ? fmin(1.0, clip_norm / (norm + 1e-6)) : 1.0;
+}
+
+std::size_t piece_count(std::span<const TensorSpec> in) {
+  std::size_t count = 0;
+  for (const TensorSpec& spec : in.first(in.size() - 1)) count += blocks_for(spec.shape.numel(), kPiece);
+  return count;
+}
+
+std::size_t workspace(const Nodes& nodes) { return piece_count(nodes.inputs()) * (sizeof(double) + sizeof(Piece)); }
+
+class GradientNormKernel final : public Kernel {
+ public:
+  GradientNormKernel(const Nodes& nodes, Context& context)
+      : stream_(context.stream), clip_norm_(nodes.op<GradientNorm>().options().clip_norm) {
+    void* data = nullptr;
+    const std::size_t bytes = piece_count(nodes.inputs()) * sizeof(Piece);
+    check_cuda(cudaMalloc(&data, bytes), "cudaMalloc of the gradient norm's table");
+    table_ = Buffer(static_cast<std::byte*>(data), bytes, [](std::byte* p) noexcept { cudaFree(p); });
+  }
+
+  void bind(std::span<const KernelArgs> nodes) override {
+    std::vector<Piece> pieces;
+    const std::span<const Tensor> in = nodes.front().in;
+    for (const Tensor& g : in.first(in.size() - 1))
+      for (std::int64_t first = 0; first < g.numel(); first += kPiece)
+        pieces.push_back({g.as<float>() + first, static_cast<int>(std::min<std::int64_t>(kPiece, g.numel() - first))});
+    count_ = static_cast<int>(pieces.size());
+    check_cuda(cudaMemcpyAsync(table_.data(), pieces.data(), table_.size(), cudaMemcpyHostToDevice, stream_),
+               "cudaMemcpyAsync");
+    check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+  }
+
+  void run(std::span<const KernelArgs> nodes) override {
+    auto* partial = static_cast<double*>(nodes.front().workspace.data);
+    launch({"gradient_norm", static_cast<unsigned>(count_), kThreads, stream_}, squares,
+           reinterpret_cast<const Piece*>(table_.data()), partial);
+    launch({"gradient_norm", 1, 1024, stream_}, finish, partial, count_, clip_norm_,
+           nodes.front().in.back().as<double>());
+  }
+
+ private:
+  cudaStream_t stream_;
+  double clip_norm_;
+  int count_ = 0;
+  Buffer table_;
+};
+
+std::unique_ptr<Kernel> make_norm(const Nodes& nodes, Context& context) {
+  return std::make_unique<GradientNormKernel>(nodes, context);
+}
+
+/// One block: strided shares, then threads in a fixed order.
+__global__ void __launch_bounds__(1024)
+    add_losses(const float* losses, std::int64_t n, bool accumulate, double* scalars) {
+  __shared__ double scratch[32];
+  double mine = 0;
+  for (std::int64_t i = threadIdx.x; i < n; i += 1024) mine += static_cast<double>(losses[i]);
+  const double total = block_sum(mine, scratch);
+  double& loss = scalars[static_cast<int>(Scalar::loss)];
+  if (threadIdx.x == 0) loss = (accumulate ? loss : 0.0) + total;
+}
+
+std::unique_ptr<Kernel> make_loss_sum(const Nodes&, Context& context) {
+  return simple_kernel([stream = context.stream](const KernelArgs& args) {
+    launch({"loss_sum", 1, 1024, stream}, add_losses, args.in[0].as<float>(), args.in[0].numel(), args.accumulate,
+           args.in[1].as<double>());
+  });
+}
+
+}  // namespace
+
+OpEntry gradient_norm_entry() { return {.name = "gradient_norm", .workspace_bytes = workspace, .make = make_norm}; }
+OpEntry loss_sum_entry() { return {.name = "loss_sum", .make = make_loss_sum}; }
+
+}  // namespace kiln::cuda

@@ -1,0 +1,85 @@
+#include <array>
+#include <chrono>
+#include <cstring>
+#include <vector>
+
+#include "graph/backend.h"
+
+namespace kiln {
+namespace {
+
+class CpuKernel final : public Kernel {
+ public:
+  explicit CpuKernel(OpPtr op) : op_(std::move(op)) {}
+  void run(std::span<const KernelArgs> nodes) override { op_->run_cpu(nodes.front()); }
+
+ private:
+  OpPtr op_;
+};
+
+class DirectReplay final : public Replay {
+ public:
+  void run(const std::function<void()>& body) override { body(); }
+};
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend() {
+    for (std::vector<std::byte>& slot : fetched_) slot.reserve(kFetchBytes);
+  }
+  std::string name() const override { return "cpu"; }
+  bool is_host() const override { return true; }
+  Buffer allocate(std::size_t bytes, std::string_view what) override { return Buffer(bytes, what); }
+  std::size_t allocated_bytes() const override { return 0; }  // buffers of the host are not tracked
+  void upload(const Tensor& to, const void* from) override { std::memcpy(to.data, from, to.bytes()); }
+  void download(void* to, const Tensor& from) override { std::memcpy(to, from.data, from.bytes()); }
+  std::size_t fetch(const Tensor& from) override {
+    const std::size_t slot = next_fetch_++ % kFetches;
+    const auto* bytes = static_cast<const std::byte*>(from.data);
+    fetched_[slot].assign(bytes, bytes + from.bytes());
+    return slot;
+  }
+  void collect(std::size_t fetch, void* to) override {
+    std::memcpy(to, fetched_[fetch].data(), fetched_[fetch].size());
+  }
+  void fill_bytes(const Tensor& tensor, std::uint8_t value) override {
+    std::memset(tensor.data, value, tensor.bytes());
+  }
+  void synchronize() override {}
+
+  NodeGroup group(const Plan&, std::size_t first) const override { return {first, 1}; }
+  std::size_t workspace_bytes(const Plan& plan, NodeGroup group) const override {
+    const Node& node = plan.nodes()[group.first];
+    return node.op->workspace_bytes(plan.input_specs(node));
+  }
+  std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) override {
+    return std::make_unique<CpuKernel>(plan.nodes()[group.first].op);
+  }
+  std::unique_ptr<Replay> replay() override { return std::make_unique<DirectReplay>(); }
+
+  std::size_t mark() override {
+    marks_.push_back(std::chrono::steady_clock::now());
+    return marks_.size() - 1;
+  }
+  double seconds_between(std::size_t first, std::size_t second) override {
+    return std::chrono::duration<double>(marks_[second] - marks_[first]).count();
+  }
+  void forget_marks() override { marks_.clear(); }
+
+ private:
+  static constexpr std::size_t kFetchBytes = 256;  // small tensors are fetched without allocating
+  std::vector<std::chrono::steady_clock::time_point> marks_;
+  std::array<std::vector<std::byte>, kFetches> fetched_;
+  std::size_t next_fetch_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend() { return std::make_unique<CpuBackend>(); }
+
+Backend& cpu_backend() {
+  static CpuBackend backend;
+  return backend;
+}
+
+}  // namespace kiln

@@ -1,0 +1,59 @@
+#include "train/device.h"
+
+#include "dist/communicator.h"
+#ifdef KILN_WITH_CUDA
+#include "kernels/cuda_backend.h"
+#endif
+
+namespace kiln {
+
+#ifdef KILN_WITH_CUDA
+bool cuda_device_present() { return cuda::device_count() > 0; }
+
+DeviceInfo cuda_info() {
+  return {.compiled = true,
+          .runtime = cuda::runtime_version(),
+          .why_none = cuda::why_no_device(),
+          .devices = cuda::device_names()};
+}
+#else
+bool cuda_device_present() { return false; }
+DeviceInfo cuda_info() { return {}; }
+#endif
+
+Device parse_device(std::string_view name) {
+  if (name == "auto") return Device::automatic;
+  if (name == "cpu") return Device::cpu;
+  if (name == "cuda") return Device::cuda;
+  fail(ExitCode::usage, "device '{}', expected auto, cpu or cuda", name);
+}
+
+std::unique_ptr<Backend> open_device(Device device) {
+  if (device == Device::cpu || (device == Device::automatic && !cuda_device_present())) return make_cpu_backend();
+#ifdef KILN_WITH_CUDA
+  check(cuda_device_present(), "run.device: cuda, but this machine has no usable CUDA device ({}); use cpu or auto",
+        cuda::why_no_device());
+  return cuda::make_backend(launch_info().local_rank % cuda::device_count());
+#else
+  fail(ExitCode::usage,
+       "run.device: cuda, but this program was built without CUDA; build with --preset cuda, or use cpu");
+#endif
+}
+
+StorageLayout storage_layout(const Backend& backend) {
+  return backend.is_host() ? StorageLayout(DType::f32) : StorageLayout(DType::bf16, 64);
+}
+
+double published_flops_per_s(const Backend& backend) {
+  const std::string name = backend.name();
+  struct Peak {
+    std::string_view device;
+    double flops_per_s;
+  };
+  // Vendor datasheets, dense bf16, SXM boards.
+  for (const Peak& peak : {Peak{"H100", 989e12}, Peak{"H200", 989e12}, Peak{"A100", 312e12}})
+    if (name.find(peak.device) != std::string::npos) return peak.flops_per_s;
+  return 0;
+}
+
+}  // namespace kiln

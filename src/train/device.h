@@ -1,0 +1,36 @@
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "graph/backend.h"
+#include "model/llama.h"
+#include "train/config.h"
+
+namespace kiln {
+
+/// Whether this build and machine have a CUDA device.
+bool cuda_device_present();
+
+/// What CUDA finds here.
+struct DeviceInfo {
+  bool compiled = false;
+  std::string runtime, why_none;
+  std::vector<std::string> devices;  // names
+};
+DeviceInfo cuda_info();
+
+/// "auto", "cpu" or "cuda"; a usage Error otherwise.
+Device parse_device(std::string_view name);
+
+/// The device that `run.device` asks for: with auto, the GPU of this rank when there is one, else the CPU. A usage
+/// Error when cuda is asked for and this build or machine has none.
+std::unique_ptr<Backend> open_device(Device device);
+
+/// How a device stores a model's weights: f32 on the CPU; on a GPU bf16, sizes padded to 64.
+StorageLayout storage_layout(const Backend& backend);
+
+/// Dense bf16 FLOP/s of the GPU as published, which MFU is counted against; 0 when unknown, and on the CPU.
+double published_flops_per_s(const Backend& backend);
+
+}  // namespace kiln
