@@ -36,6 +36,9 @@ class MappedFile {
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  /// Gives the pages of a part of bytes() back to the system; they still read the same, from its cache or the file. So
+  /// a pass over a large file keeps its resident memory small. Thread-safe.
+  void release(std::span<const std::byte> bytes) const;
 
  private:
   const std::byte* data_ = nullptr;

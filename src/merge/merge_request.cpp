@@ -52,7 +52,7 @@ struct KeyRow {
   Setter set;
 };
 
-const std::array<KeyRow, 14> kKeys{{
+const std::array<KeyRow, 15> kKeys{{
     {{"checkpoints", MergeKeyKind::positional, "checkpoint directories, or a run's directory of snapshots"},
      [](MergeRequest& r, const Words& w) { r.checkpoints = w; }},
     {{"method", MergeKeyKind::value, "sma, wma, ema, ema-closed, schedule, qam or custom (default sma)"},
@@ -77,6 +77,8 @@ const std::array<KeyRow, 14> kKeys{{
      [](MergeRequest& r, const Words& w) { r.every = to_count(w); }},
     {{"dtype", MergeKeyKind::value, "of the merged weights: fp32, bf16 or same (default fp32)"},
      [](MergeRequest& r, const Words& w) { r.options.dtype = parse_merge_dtype(one(w)); }},
+    {{"optimizer_state", MergeKeyKind::value, "reset, keep-last or average (default reset)"},
+     [](MergeRequest& r, const Words& w) { r.options.optimizer_state = parse_optimizer_state_merge(one(w)); }},
     {{"verify", MergeKeyKind::no_flag, "check the manifests' hashes"},
      [](MergeRequest& r, const Words& w) { r.options.verify = to_bool(w); }},
     {{"keep_order", MergeKeyKind::flag, "take the order given as oldest first, whatever the steps say"},

@@ -166,4 +166,11 @@ std::vector<double> decay_of_weights(std::span<const double> weights) {
   return decay;
 }
 
+std::vector<double> implied_decay(std::span<const double> weights) {
+  std::vector<double> scaled(weights.begin(), weights.end());
+  const double sum = total(weights);
+  for (double& weight : scaled) weight /= sum;
+  return is_decay(scaled) ? decay_of_weights(scaled) : std::vector<double>{};
+}
+
 }  // namespace kiln

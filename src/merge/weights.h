@@ -56,13 +56,16 @@ std::vector<double> weights_of_decay(std::span<const double> decay);
 /// error  usage: no weight, a negative one, or a sum other than 1
 std::vector<double> decay_of_weights(std::span<const double> weights);
 
-/// A decay as checkpoint weights when every update would be computed anew at the state that the decay has reached, where
-/// weights_of_decay scales updates as they were recorded. With A the map of one recorded update, a gradient step on a
-/// quadratic, the decayed steps are prod_j ((1 - w_j) I + w_j A): its coefficient of A^k is the weight of checkpoint k.
-/// Exact for gradient descent on a quadratic with a checkpoint after every step.
-/// in     decay [n], 1 >= w_1 >= ... >= w_n >= 0
-/// out    weights [n + 1], oldest first: coefficients of prod_j (1 - w_j + w_j t), non-negative, sum 1
-/// error  usage: a factor that is out of range or above its predecessor
+/// The decay of the recorded updates that weights imply once they are divided by their sum (an EMA's closed form sums
+/// to less than 1); empty where a weight is negative, which no decay explains.
+std::vector<double> implied_decay(std::span<const double> weights);
+
+/// A decay as checkpoint weights when every update would be computed anew at the state that the decay has reached,
+/// where weights_of_decay scales updates as they were recorded. With A the map of one recorded update, a gradient step
+/// on a quadratic, the decayed steps are prod_j ((1 - w_j) I + w_j A): its coefficient of A^k is the weight of
+/// checkpoint k. Exact for gradient descent on a quadratic with a checkpoint after every step. in     decay [n], 1 >=
+/// w_1 >= ... >= w_n >= 0 out    weights [n + 1], oldest first: coefficients of prod_j (1 - w_j + w_j t), non-negative,
+/// sum 1 error  usage: a factor that is out of range or above its predecessor
 std::vector<double> qam_weights(std::span<const double> decay);
 
 /// Whether decay_of_weights takes them: non-negative, sum 1 to 1e-9.

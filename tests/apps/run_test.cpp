@@ -39,6 +39,27 @@ TEST_CASE("train, merge, evaluate, generate, export and report work on one anoth
   CHECK(at("KILN generate DIR/merged --prompt x").code == 3);  // no tokenizer in it
 }
 
+TEST_CASE("a run starts or goes on from a merge that holds optimizer states") {
+  const Workspace at;
+  REQUIRE(at("KILN train DIR/c.yaml checkpoint.keep=0 optimizer.kind=adamw --quiet").code == 0);
+  for (const std::string merge : {"reset", "keep-last", "average"})
+    REQUIRE(
+        at("KILN merge DIR/run/step_0000004* DIR/run/step_00000050 --out DIR/" + merge + " --optimizer-state " + merge)
+            .code == 0);
+  CHECK_THAT(at("KILN train DIR/c.yaml optimizer.kind=adamw run.dir=DIR/a --init-from DIR/average").text,
+             ContainsSubstring("optimizer states of"));
+  CHECK_THAT(at("KILN train DIR/c.yaml optimizer.kind=adamw run.dir=DIR/b --init-from DIR/reset").text,
+             !ContainsSubstring("optimizer states of"));
+  CHECK(losses(at.dir / "a").front() == losses(at.dir / "b").front());  // one model
+  CHECK(losses(at.dir / "a").back() != losses(at.dir / "b").back());    // other states
+  // With states and state.json a merge is a checkpoint of the run: step 51 follows.
+  REQUIRE(at("KILN train DIR/c.yaml optimizer.kind=adamw run.dir=DIR/c schedule.total_steps=55 --quiet "
+             "--resume DIR/keep-last")
+              .code == 0);
+  CHECK(read_metrics(at.dir / "c/metrics.jsonl").front().step == 51);
+  CHECK(at("KILN train DIR/c.yaml run.dir=DIR/d --init-from DIR/average --quiet").code == 3);  // Fira's states differ
+}
+
 TEST_CASE("compare trains each optimizer and writes table and plots") {
   const Workspace at;
   const Outcome outcome = at(

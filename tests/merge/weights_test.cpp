@@ -68,9 +68,8 @@ TEST_CASE("sma, wma, normalised closed ema and custom weights") {
 }
 
 TEST_CASE("one checkpoint keeps the whole weight, whatever the method") {
-  for (const MergeMethod method :
-       {MergeMethod::sma, MergeMethod::wma, MergeMethod::ema, MergeMethod::ema_closed, MergeMethod::schedule,
-        MergeMethod::qam})
+  for (const MergeMethod method : {MergeMethod::sma, MergeMethod::wma, MergeMethod::ema, MergeMethod::ema_closed,
+                                   MergeMethod::schedule, MergeMethod::qam})
     check_equal(weights_of(method, 1), {1.0}, 1e-15);
 }
 
@@ -140,4 +139,11 @@ TEST_CASE("names of methods and shapes") {
                     ContainsSubstring("'swa' does not exist; use one of sma, wma, ema, ema-closed, schedule, qam, "
                                       "custom"));
   CHECK_THROWS_AS(parse_decay_shape("exp"), Error);
+}
+
+TEST_CASE("weights that do not sum to 1 imply the decay of those that do") {
+  const std::vector<double> closed =
+      merge_weights({.method = MergeMethod::ema_closed, .alpha = 0.1, .normalise = false}, 10);
+  check_equal(implied_decay(closed), decay_of_weights(weights_of(MergeMethod::ema_closed, 10)), 1e-14);
+  CHECK(implied_decay(std::vector<double>{-0.5, 1.5}).empty());
 }
