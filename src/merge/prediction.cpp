@@ -1,6 +1,7 @@
 #include "merge/prediction.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "base/error.h"
@@ -11,6 +12,8 @@ namespace kiln {
 namespace {
 
 constexpr double kNormal95 = 1.96;
+// The 97.5 % quantile of Student's t by the number of errors whose mean square is known; few errors say little.
+constexpr std::array<double, 10> kStudent95{12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23};
 constexpr int kDraws = 1000;  // of the bootstrap
 constexpr std::size_t kTrailPoints = 8;
 constexpr double kGuessedError = 0.25;  // of the gap, before any check
@@ -141,26 +144,29 @@ std::vector<TrailPoint> trail(const PredictionRequest& request, const Merges& me
   return points;
 }
 
-Predictor law_predictor(const PredictionRequest& request, LossLaw law, double last_loss) {
-  Predictor predictor{.name = std::string(to_string(law)), .loss = {}, .note = "", .error = {}};
+/// A law's fall of the loss, taken off the last snapshot.
+Candidate law_candidate(const PredictionRequest& request, LossLaw law, const SequenceLosses& last) {
+  Candidate candidate{.predictor = {.name = std::string(to_string(law))}, .losses = {}};
+  Predictor& predictor = candidate.predictor;
   const auto begin = static_cast<std::size_t>(request.anneal.begin), end = static_cast<std::size_t>(request.anneal.end);
   if (request.curves.empty() || request.curves.front().lr.size() < end) {
     predictor.note = "no metrics.jsonl up to the anneal's end";
-    return predictor;
+    return candidate;
   }
   const LossLawFit fit = fit_loss_law(law, request.curves);
   if (!fit.knows_decay) {
     predictor.note = "no curve holds a decay yet, so its decay term is unknown";
-    return predictor;
+    return candidate;
   }
   const std::span<const double> trunk = std::span(request.curves.front().lr).first(end);
   std::vector<double> annealed(trunk.begin(), trunk.end());
   for (std::size_t step = begin + 1; step <= end; ++step)
     annealed[step - 1] = trunk[begin - 1] * anneal_factor(request.anneal, static_cast<std::int64_t>(step));
-  predictor.loss = last_loss + predict_loss(fit, annealed) - predict_loss(fit, trunk);
+  candidate.losses = last;
+  predictor.loss = mean_loss(last) + predict_loss(fit, annealed) - predict_loss(fit, trunk);
   predictor.note =
       fmt::format("fit of {} curves, root mean square {:.4f} of log loss", request.curves.size(), fit.rms_log_error);
-  return predictor;
+  return candidate;
 }
 
 /// Earlier checks of the same kind of anneal.
@@ -223,9 +229,10 @@ void choose(Prediction& prediction, const std::vector<Candidate>& candidates, co
   for (const Candidate& candidate : candidates) {
     const std::vector<double> errors = errors_of(checks, candidate.predictor.name);
     if (!candidate.predictor.loss || errors.empty()) continue;
-    if (chosen != nullptr && 2 * root_mean_square(errors) >= model_error) continue;
+    const double wrong_by = kStudent95[std::min(errors.size(), kStudent95.size()) - 1] * root_mean_square(errors);
+    if (chosen != nullptr && wrong_by >= model_error) continue;
     chosen = &candidate;
-    model_error = 2 * root_mean_square(errors);
+    model_error = wrong_by;
     prediction.reason = fmt::format(
         "of all predictors it erred least over {} earlier anneal{}: {:+.4f} on average, "
         "{:.4f} root mean square",
@@ -241,8 +248,9 @@ void choose(Prediction& prediction, const std::vector<Candidate>& candidates, co
     }
     model_error = std::max((high - low) / 2, kGuessedError * std::abs(prediction.last_loss - *chosen->predictor.loss));
     prediction.reason =
-        "no earlier anneal of this kind was checked, and it alone needs none; merges tend to stay above "
-        "real anneals, so expect less: --anneal-check measures by how much";
+        "no earlier anneal of this kind was checked, so the merge that replays the anneal's schedule stands; whether "
+        "it "
+        "lies above or below differs between runs, and --anneal-check measures it";
   }
   prediction.trusted = chosen->predictor.name;
   prediction.loss = *chosen->predictor.loss;
@@ -288,8 +296,7 @@ Prediction predict(const PredictionRequest& request) {
   const Candidate schedule = *std::find_if(candidates.begin(), candidates.end(),
                                            [](const Candidate& c) { return c.predictor.name == "schedule"; });
   candidates.push_back(sweep(request, merges, last, prediction.sweep));
-  for (const LossLaw law : {LossLaw::mtl, LossLaw::mpl})
-    candidates.push_back({.predictor = law_predictor(request, law, prediction.last_loss), .losses = {}});
+  for (const LossLaw law : {LossLaw::mtl, LossLaw::mpl}) candidates.push_back(law_candidate(request, law, last));
   for (Candidate& candidate : calibrated(checks, candidates.front(), schedule))
     candidates.push_back(std::move(candidate));
   prediction.trail = trail(request, merges);

@@ -77,9 +77,9 @@ struct Prediction {
 ///
 /// Which predictor is trusted: the one with the least root mean square error over earlier checks; without any, the
 /// merge matched to the schedule. The interval joins the standard error over sequences (bootstrap) with what the
-/// predictor may be wrong by: twice its root mean square error over the checks, or else half the spread of the
-/// predictors, at least a quarter of the predicted gap. A usage Error when fewer than two snapshots lie in the window;
-/// the errors of merge_into, evaluate and run_anneal.
+/// predictor may be wrong by: Student's t times its root mean square error over the checks, or else half the spread of
+/// the predictors, at least a quarter of the predicted gap. A usage Error when fewer than two snapshots lie in the
+/// window; the errors of merge_into, evaluate and run_anneal.
 Prediction predict(const PredictionRequest& request);
 
 /// The loss curves of a run directory: its own up to step `end`, and those of its anneals that ended before. Empty
