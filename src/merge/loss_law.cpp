@@ -126,9 +126,8 @@ Points points_of(const LossCurve& curve, double peak) {
           curve.lr.size());
     if (step > skipped && std::isfinite(curve.loss[i]) && curve.loss[i] > 0) kept.push_back(i);
   }
-  check(kept.size() >= kFewest, "{} losses after warm-up, too few for a loss law; log at least {}", kept.size(),
-        kFewest);
-  const std::size_t blocks = std::min(kBlocks, kept.size());
+  const std::size_t blocks =
+      std::min(kBlocks, kept.size());  // none for a curve that is too short, which then adds nothing
   for (std::size_t b = 0; b < blocks; ++b) {
     const std::size_t begin = kept.size() * b / blocks, end = kept.size() * (b + 1) / blocks;
     double loss = 0;
@@ -261,9 +260,14 @@ LossLawFit fit_loss_law(LossLaw law, std::span<const LossCurve> curves) {
     for (const double rate : curve.lr) fit.peak_lr = std::max(fit.peak_lr, rate);
   check(fit.peak_lr > 0, "every learning rate of the curves is 0; give a run that trained");
   std::vector<Points> points;
-  for (const LossCurve& curve : curves) points.push_back(points_of(curve, fit.peak_lr));
+  std::size_t count = 0;
+  for (const LossCurve& curve : curves) {
+    points.push_back(points_of(curve, fit.peak_lr));
+    count += points.back().step.size();
+  }
+  check(count >= kFewest, "{} losses after warm-up, too few for a loss law; log at least {}", count, kFewest);
   fit.knows_decay = std::any_of(points.begin(), points.end(), [](const Points& p) {
-    return !p.schedule.drops.empty() && p.schedule.drops.front().step <= p.step.back();
+    return !p.step.empty() && !p.schedule.drops.empty() && p.schedule.drops.front().step <= p.step.back();
   });
 
   const auto objective = [&](const std::vector<double>& x) {

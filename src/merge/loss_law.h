@@ -38,7 +38,7 @@ struct LossLawFit {
 /// Fits one law to curves of one model and data, which share all constants: Huber loss (1e-3) on log loss; the three
 /// scales by non-negative, reweighted least squares within a multi-start simplex search over the exponents. Warm-up and
 /// the tenth of a curve after its start are left out, noise is averaged in at most 200 blocks a curve. Deterministic.
-/// A usage Error for no curve, or one with fewer than 8 points after that.
+/// A usage Error for no curve, or fewer than 8 losses after that.
 LossLawFit fit_loss_law(LossLaw law, std::span<const LossCurve> curves);
 
 /// The law's loss after the last of `lr`, rates of steps 1, 2, ...

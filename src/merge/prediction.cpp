@@ -153,7 +153,13 @@ Candidate law_candidate(const PredictionRequest& request, LossLaw law, const Seq
     predictor.note = "no metrics.jsonl up to the anneal's end";
     return candidate;
   }
-  const LossLawFit fit = fit_loss_law(law, request.curves);
+  LossLawFit fit;
+  try {
+    fit = fit_loss_law(law, request.curves);
+  } catch (const Error& e) {  // one predictor the less: a run may be too short for a law, and not for a merge
+    predictor.note = e.what();
+    return candidate;
+  }
   if (!fit.knows_decay) {
     predictor.note = "no curve holds a decay yet, so its decay term is unknown";
     return candidate;

@@ -27,8 +27,9 @@ Series validation_series(const std::string& name, const std::vector<StepMetrics>
 }
 
 /// The branch from the trunk's last validation before it on, so that the line begins where it left the trunk.
-Series anneal_series(const RunData& run, const AnnealData& anneal, std::size_t colour) {
-  Series branch = validation_series("anneal " + anneal.name, anneal.metrics, colour);
+Series anneal_series(const RunData& run, const AnnealData& anneal) {
+  const std::int64_t end = anneal.metrics.empty() ? 0 : anneal.metrics.back().step;
+  Series branch = validation_series(fmt::format("anneal to step {}", end), anneal.metrics, 1);
   const Series trunk = validation_series("", run.metrics, 0);
   std::size_t before = trunk.x.size();
   while (before > 0 &&
@@ -43,7 +44,7 @@ Series anneal_series(const RunData& run, const AnnealData& anneal, std::size_t c
 std::string loss_figure(const RunData& run) {
   const Json& p = run.prediction;
   std::vector<Series> all{validation_series("trunk", run.metrics, 0)};
-  for (const AnnealData& anneal : run.anneals) all.push_back(anneal_series(run, anneal, 1 + all.size()));
+  for (const AnnealData& anneal : run.anneals) all.push_back(anneal_series(run, anneal));
   Series merges{.name = "merges", .mark = Mark::points, .colour = 2};
   for (const Json& point : p.at("trail")) {
     if (point.at("tokens").is_null()) continue;
