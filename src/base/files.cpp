@@ -91,8 +91,11 @@ MappedFile::~MappedFile() {
 }
 
 void MappedFile::release(std::span<const std::byte> bytes) const {
-  static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<std::uintptr_t>(bytes.data()) / page * page;
+  // The system maps huge pages whole, so a piece leaves nothing behind only if all of those that it touches are given
+  // up.
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  const auto base = reinterpret_cast<std::uintptr_t>(data_);
+  const auto begin = base + (reinterpret_cast<std::uintptr_t>(bytes.data()) - base) / kHugePage * kHugePage;
   const auto end = reinterpret_cast<std::uintptr_t>(bytes.data() + bytes.size());
   // Advice only: what fails here costs memory, not correctness.
   ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
@@ -105,6 +108,26 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;
+}
+
+ReadFile::ReadFile(const std::filesystem::path& path)
+    : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  if (descriptor_ < 0)
+    fail(ExitCode::data, "{}: cannot be opened ({}); check the path", path.string(), std::strerror(errno));
+}
+
+ReadFile::~ReadFile() { ::close(descriptor_); }
+
+void ReadFile::read(std::uint64_t offset, std::span<std::byte> out) const {
+  while (!out.empty()) {
+    const ssize_t n = ::pread(descriptor_, out.data(), out.size(), static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0)
+      fail(ExitCode::data, "{}: cannot be read at byte {} ({}); check the disk, or copy the file again", path_.string(),
+           offset, n < 0 ? std::strerror(errno) : "the file has ended");
+    out = out.subspan(static_cast<std::size_t>(n));
+    offset += static_cast<std::uint64_t>(n);
+  }
 }
 
 }  // namespace kiln

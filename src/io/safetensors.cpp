@@ -140,7 +140,7 @@ DType safetensors_dtype(std::string_view name) {
   fail(ExitCode::data, "safetensors dtype '{}' is not known", name);
 }
 
-SafetensorsReader::SafetensorsReader(const std::filesystem::path& path) : path_(path), file_(path) {
+SafetensorsReader::SafetensorsReader(const std::filesystem::path& path) : path_(path), file_(path), reads_(path) {
   const Json header = parse_header(file_.bytes(), path.string(), data_begin_);
   std::set<std::string> names;
   for (const auto& [name, value] : header.items()) {
@@ -176,6 +176,12 @@ const SafetensorEntry* SafetensorsReader::find(const std::string& name) const {
 
 std::span<const std::byte> SafetensorsReader::bytes(const SafetensorEntry& entry) const {
   return file_.bytes().subspan(data_begin_ + entry.begin, entry.end - entry.begin);
+}
+
+void SafetensorsReader::read_bytes(const SafetensorEntry& entry, std::uint64_t offset, std::span<std::byte> out) const {
+  check(offset + out.size() <= entry.end - entry.begin, "tensor '{}': bytes [{}, {}) of {}", entry.name, offset,
+        offset + out.size(), entry.end - entry.begin);
+  reads_.read(data_begin_ + entry.begin + offset, out);
 }
 
 void SafetensorsReader::read_floats(const SafetensorEntry& entry, std::uint64_t first, std::span<float> out) const {

@@ -30,8 +30,8 @@ class SafetensorsReader {
   const SafetensorEntry* find(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   std::span<const std::byte> bytes(const SafetensorEntry& entry) const;
-  /// Gives back the memory of a part of bytes() that has been read (MappedFile::release).
-  void release(std::span<const std::byte> bytes) const { file_.release(bytes); }
+  /// Copies bytes(entry) from byte `offset` on, by a read and not through the map (ReadFile). Thread-safe.
+  void read_bytes(const SafetensorEntry& entry, std::uint64_t offset, std::span<std::byte> out) const;
   /// Converts elements [first, first + out.size()) of f32, f64, bf16 or f16 storage to `out`.
   void read_floats(const SafetensorEntry& entry, std::uint64_t first, std::span<float> out) const;
   void read_floats(const SafetensorEntry& entry, std::uint64_t first, std::span<double> out) const;
@@ -40,6 +40,7 @@ class SafetensorsReader {
  private:
   std::filesystem::path path_;
   MappedFile file_;
+  ReadFile reads_;
   std::vector<SafetensorEntry> entries_;
   std::map<std::string, std::string> metadata_;
   std::uint64_t data_begin_ = 0;

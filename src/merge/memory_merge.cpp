@@ -1,6 +1,8 @@
 #include "merge/memory_merge.h"
 
 #include <atomic>
+#include <exception>
+#include <mutex>
 
 #include "base/error.h"
 #include "core/parallel.h"
@@ -22,17 +24,22 @@ Sources sources_of(std::span<const MergeInput* const> inputs, const Parameter& p
 }
 
 void average_into(const Sources& sources, std::span<const double> weights, const Tensor& target) {
-  constexpr std::int64_t kPiece = 1 << 18;
   const std::span<float> out = target.span<float>();
   std::atomic<bool> finite = true;
-  parallel_for(target.numel(), kPiece, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t first = begin; first < end; first += kPiece) {
-      const auto at = static_cast<std::size_t>(first);
-      const auto count = static_cast<std::size_t>(std::min(kPiece, end - first));
-      if (!average(sources, weights, at, DType::f32, std::as_writable_bytes(out.subspan(at, count)))) finite = false;
-      release_sources(sources, at, count);
+  std::mutex mutex;
+  std::exception_ptr error;
+  parallel_for(target.numel(), 1 << 16, [&](std::int64_t begin, std::int64_t end) {
+    try {
+      const auto part = out.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+      if (!Averager().average(sources, weights, static_cast<std::uint64_t>(begin), DType::f32,
+                              std::as_writable_bytes(part)))
+        finite = false;
+    } catch (...) {  // must not leave the thread
+      const std::lock_guard lock(mutex);
+      error = std::current_exception();
     }
   });
+  if (error) std::rethrow_exception(error);
   if (!finite) fail_not_finite(sources, 0, out.size(), DType::f32);
 }
 

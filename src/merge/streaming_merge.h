@@ -34,7 +34,7 @@ struct MergeOptions {
 ///
 /// Everything is verified before a byte is written (open_inputs). Tensors are then streamed in chunks: y = sum_i w_i
 /// x_i is accumulated in fp64, oldest first, and rounded once, to nearest even (average.h). Memory: for each thread one
-/// chunk of output, and of each input while it is read. The result depends on neither chunk size, threads nor
+/// chunk of output. The result depends on neither chunk size, threads nor
 /// processor.
 ///
 /// error  usage: options, an output that exists and is no merge; data: inputs that are torn, mixed or not finite;

@@ -44,11 +44,12 @@ class PieceQueue {
   /// What every thread runs: takes pieces in order until none is left or one has failed.
   void work() {
     try {
+      Averager averager;
       const Buffer buffer(buffer_bytes_, "piece of an average");
       while (!failed_) {
         const std::size_t at = next_.fetch_add(1);
         if (at >= pieces_.size()) return;
-        if (!write_piece(pieces_[at], buffer)) note_fault(at);
+        if (!write_piece(pieces_[at], averager, buffer)) note_fault(at);
       }
     } catch (...) {  // must not leave the thread; finish() throws it
       const std::lock_guard lock(mutex_);
@@ -65,11 +66,10 @@ class PieceQueue {
   }
 
  private:
-  bool write_piece(const Piece& piece, const Buffer& buffer) {
+  bool write_piece(const Piece& piece, Averager& averager, const Buffer& buffer) {
     const DType dtype = writer_.layout()[piece.item].dtype;
     const std::span<std::byte> out(buffer.data(), piece.count * size_of(dtype));
-    if (!average(*piece.sources, weights_, piece.first, dtype, out)) return false;
-    release_sources(*piece.sources, piece.first, piece.count);
+    if (!averager.average(*piece.sources, weights_, piece.first, dtype, out)) return false;
     writer_.write_at(piece.item, piece.first * size_of(dtype), out);
     return true;
   }
