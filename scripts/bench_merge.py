@@ -7,7 +7,8 @@ Usage: python scripts/bench_merge.py [--checkpoints 10] [--rounds 5] [--threads 
 Each round measures, one after the other, so that all see the machine in the same state: reading the files from the page
 cache (preads of 1 MiB on T threads), `kiln merge`, and mergekit's `linear` where PYTHON is an interpreter that has it.
 kiln is timed as a process, with its verification of hashes, fsync and manifest; mergekit inside a process that has
-imported it already. Figures are the best of the rounds; the merge is compared with numpy's fp64 sum, bit for bit.
+imported it already. Figures are medians over the rounds, shares those of each round; the merge is compared with numpy's
+fp64 sum, bit for bit. Only a machine that does nothing else gives meaningful shares.
 --record writes the table to scripts/results/merge.md.
 """
 
@@ -18,6 +19,7 @@ import os
 import pathlib
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,15 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HIDDEN, FFN, LAYERS, HEADS, VOCAB = 512, 1376, 8, 8, 32000
+
+# A process inherits the peak of the one that started it, so a small one stands between.
+PEAK = """
+import resource, subprocess, sys, time
+begin = time.perf_counter()
+status = subprocess.call(sys.argv[1:])
+print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(status)
+"""
 
 MERGEKIT = """
 import sys, time
@@ -95,14 +106,14 @@ def read_cached(files, threads):
 
 def run(command, threads):
     """Output, seconds and peak resident MiB of a process."""
-    begin = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})  # fmt: skip
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        sys.exit(f"bench_merge: {command[0]} ended with status {status}")
-    return output, time.perf_counter() - begin, usage.ru_maxrss / 1024
+    command = [sys.executable, "-S", "-c", PEAK, *(str(word) for word in command)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})  # fmt: skip
+    if done.returncode != 0:
+        sys.exit(f"bench_merge: {command[4]} ended with exit code {done.returncode}")
+    output, last = done.stdout.rstrip().rsplit("\n", 1)
+    seconds, peak = last.split()
+    return output, float(seconds), float(peak)
 
 
 def equals_reference(directories, merged):
@@ -125,40 +136,42 @@ def measure(arguments, work):
     directories = write_checkpoints(work, arguments.checkpoints)
     files = [directory / "model.safetensors" for directory in directories]
     read_cached(files, arguments.threads)  # fills the cache
-    best = {"cache GB/s": 0.0, "seconds": 1e9, "average GB/s": 0.0, "verify GB/s": 0.0, "MiB": 0.0, "mergekit s": 1e9}
     total = sum(path.stat().st_size for path in files) / 1e9
+    rounds = []
     for _ in range(arguments.rounds):
-        best["cache GB/s"] = max(best["cache GB/s"], read_cached(files, arguments.threads))
+        before = read_cached(files, arguments.threads)
         output, seconds, peak = run([arguments.kiln, "merge", *directories, "--out", work / "kiln", "--json"],
                                     arguments.threads)  # fmt: skip
         report = json.loads(output)
-        best["seconds"] = min(best["seconds"], seconds)
-        best["verify GB/s"] = max(best["verify GB/s"], total / report["open_seconds"])
-        best["average GB/s"] = max(best["average GB/s"], total / report["average_seconds"])
-        best["MiB"] = max(best["MiB"], peak)
+        cache = (before + read_cached(files, arguments.threads)) / 2
+        one = {"cache": cache, "seconds": seconds, "peak": peak, "verify": total / report["open_seconds"],
+               "average": total / report["average_seconds"]}  # fmt: skip
+        one["verify share"], one["average share"] = one["verify"] / cache, one["average"] / cache
         if arguments.mergekit:
             shutil.rmtree(work / "mergekit", ignore_errors=True)
             command = [arguments.mergekit, "-c", MERGEKIT, work / "mergekit", arguments.threads, *directories]
-            output, _, best["mergekit MiB"] = run(command, arguments.threads)
-            best["mergekit s"] = min(best["mergekit s"], float(output.split()[-1]))
-    best["exact"] = equals_reference(directories, work / "kiln")
-    return best
+            output, _, one["mergekit peak"] = run(command, arguments.threads)
+            one["mergekit seconds"] = float(output.split()[-1])
+            one["ratio"] = one["mergekit seconds"] / seconds
+        rounds.append(one)
+    median = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    median["exact"] = equals_reference(directories, work / "kiln")
+    return median
 
 
-def table(arguments, best):
-    share = {key: 100 * best[key] / best["cache GB/s"] for key in ("verify GB/s", "average GB/s")}
+def table(arguments, median):
     rows = [
-        ("page cache, preads of 1 MiB", f"{best['cache GB/s']:.1f} GB/s"),
-        ("kiln: reading and averaging", f"{best['average GB/s']:.1f} GB/s, {share['average GB/s']:.0f} % of it"),
-        ("kiln: reading and verifying hashes", f"{best['verify GB/s']:.1f} GB/s, {share['verify GB/s']:.0f} % of it"),
-        ("kiln: the whole command, with fsync and manifest", f"{best['seconds']:.2f} s"),
-        ("kiln: peak resident memory", f"{best['MiB']:.0f} MiB"),
-        ("kiln: equal to the fp64 sum rounded once", "bit for bit" if best["exact"] else "NO"),
+        ("page cache, preads of 1 MiB", f"{median['cache']:.1f} GB/s"),
+        ("kiln: reading and averaging", f"{median['average']:.1f} GB/s, {100 * median['average share']:.0f} % of it"),
+        ("kiln: verifying before", f"{median['verify']:.1f} GB/s, {100 * median['verify share']:.0f} % of it"),
+        ("kiln: the whole command, with fsync and manifest", f"{median['seconds']:.2f} s"),
+        ("kiln: peak resident memory", f"{median['peak']:.0f} MiB"),
+        ("kiln: equal to the fp64 sum rounded once", "bit for bit" if median["exact"] else "NO"),
     ]
     if arguments.mergekit:
-        rows += [("mergekit linear, imports not counted", f"{best['mergekit s']:.2f} s"),
-                 ("mergekit: peak resident memory", f"{best['mergekit MiB']:.0f} MiB"),
-                 ("kiln is faster by", f"{best['mergekit s'] / best['seconds']:.1f} x")]  # fmt: skip
+        rows += [("mergekit linear, imports not counted", f"{median['mergekit seconds']:.2f} s"),
+                 ("mergekit: peak resident memory", f"{median['mergekit peak']:.0f} MiB"),
+                 ("kiln is faster by", f"{median['ratio']:.1f} x")]  # fmt: skip
     return "| what | figure |\n|-|-|\n" + "\n".join(f"| {what} | {figure} |" for what, figure in rows) + "\n"
 
 
@@ -180,15 +193,15 @@ def main():
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        best = measure(arguments, pathlib.Path(work))
-    text = table(arguments, best)
+        median = measure(arguments, pathlib.Path(work))
+    text = table(arguments, median)
     print(text)
     if arguments.record:
         command = f"python scripts/bench_merge.py --rounds {arguments.rounds}"
         if arguments.mergekit:
             command += " --mergekit PYTHON"
         header = (f"# Merging {arguments.checkpoints} fp32 checkpoints of the 60M model\n\n- Command: `{command}`\n"
-                  f"- Device: {processor()}, {arguments.threads} threads\n"
+                  f"- Device: {processor()}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}\n"
                   f"- Date: {datetime.date.today().isoformat()}\n\n")  # fmt: skip
         (ROOT / "scripts/results/merge.md").write_text(header + text)
 
