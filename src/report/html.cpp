@@ -11,6 +11,7 @@
 #include "base/files.h"
 #include "base/text.h"
 #include "report/plot.h"
+#include "report/prediction_section.h"
 #include "report/svg.h"
 
 namespace kiln {
@@ -265,6 +266,7 @@ std::string html_report(const std::string& title, std::vector<RunData> runs) {
       "time</label>\n";
   out += "<div class=\"figures tokens\">\n" + figures(runs, token_clock(runs)) + "</div>\n";
   out += "<div class=\"figures time\">\n" + figures(runs, time_clock(runs)) + "</div>\n</div>\n";
+  out += prediction_section(runs);
   out += "<h2>Configurations</h2>\n";
   for (const RunData& run : runs)
     out += fmt::format("<details><summary>{}</summary><pre>{}</pre></details>\n", escape_xml(run.name),
