@@ -22,7 +22,7 @@ void resume_run(Trainer& trainer, const TrainArguments& arguments, bool first_ra
   if (arguments.resume == "auto" && trainer.resume_latest()) return;
   if (arguments.init_from.empty()) return;
   trainer.initialise_from(arguments.init_from);
-  if (load_states(arguments.init_from, trainer.states()) && first_rank)
+  if (trainer.initialise_states_from(arguments.init_from) && first_rank)
     log_info("optimizer states of {}", arguments.init_from);
 }
 

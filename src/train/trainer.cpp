@@ -148,6 +148,12 @@ void Trainer::initialise_from(const std::filesystem::path& model) {
   if (communicator_.rank() == 0) log_info("weights of {}", model.string());
 }
 
+bool Trainer::initialise_states_from(const std::filesystem::path& merge) {
+  const bool found = load_states(merge, states_);
+  device_states_.push();
+  return found;
+}
+
 /// Hands this rank's share of the next global batch to the device; returns the targets that count, over all ranks.
 double Trainer::load_batch() {
   const std::int64_t share = config_.batch.sequences / communicator_.size();

@@ -51,6 +51,8 @@ class Trainer {
 
   /// Starts at step 0 from the weights of a model directory (a merge, or an import); optimizer states stay empty.
   void initialise_from(const std::filesystem::path& model);
+  /// Takes the optimizer states that a merge carries; false when it carries none.
+  bool initialise_states_from(const std::filesystem::path& merge);
 
   /// Trains to the configured number of steps: step, log, evaluate, snapshot, checkpoint.
   TrainSummary run();
