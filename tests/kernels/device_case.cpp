@@ -171,10 +171,12 @@ void check_close(const std::string& name, const DeviceRun& found, const DeviceRu
     borders.insert(borders.begin(), 0);
     borders.push_back(width);
     for (std::size_t b = 0; b + 1 < borders.size(); ++b) {
-      const double error = relative_error(part(result.values, width, borders[b], borders[b + 1]),
-                                          part(expected.results[i].values, width, borders[b], borders[b + 1]));
+      const std::vector<double> values = part(result.values, width, borders[b], borders[b + 1]);
+      const double error = relative_error(values, part(expected.results[i].values, width, borders[b], borders[b + 1]));
+      // Of few numbers, one that rounds badly is most of the norm.
+      const double limit = result.compared.limit * (1 + 2 / std::sqrt(static_cast<double>(values.size())));
       INFO(name << ": value " << i << ", columns " << borders[b] << " to " << borders[b + 1]);
-      CHECK(error <= result.compared.limit);
+      CHECK(error <= limit);
     }
   }
 }
