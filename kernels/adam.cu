@@ -22,8 +22,8 @@ struct Target {
   float *m, *v;
   std::int64_t n;
   std::uint64_t stream;  // of stochastic rounding
-  float beta1, beta2, eps;
-  double weight_decay;
+  double beta1, beta2, weight_decay;
+  float eps;
   bool pytorch;
 };
 /// kBlock elements of one target.
@@ -32,18 +32,22 @@ struct Piece {
   std::int64_t first;
 };
 
-/// What is the same for all elements of a target.
+/// What is the same for all elements of a target, rounded once from f64 as on the CPU.
 struct Constants {
-  float root, rate, before, after;
+  float b1, b2, c1, c2, root, rate, before, after;
 };
 __device__ Constants constants(const Target& t, const double* scalars) {
   const double step = scalars[static_cast<int>(Scalar::step)], lr = scalars[static_cast<int>(Scalar::lr)];
-  const double correction1 = 1.0 - pow(static_cast<double>(t.beta1), step);
-  const double correction2 = 1.0 - pow(static_cast<double>(t.beta2), step);
+  const double correction1 = 1.0 - pow(t.beta1, step), correction2 = 1.0 - pow(t.beta2, step);
   const double decay = 1.0 - lr * t.weight_decay;
-  return {static_cast<float>(t.pytorch ? sqrt(correction2) : 1.0),
+  return {static_cast<float>(t.beta1),
+          static_cast<float>(t.beta2),
+          static_cast<float>(1.0 - t.beta1),
+          static_cast<float>(1.0 - t.beta2),
+          static_cast<float>(t.pytorch ? sqrt(correction2) : 1.0),
           static_cast<float>(t.pytorch ? lr / correction1 : lr * sqrt(correction2) / correction1),
-          static_cast<float>(t.pytorch ? decay : 1.0), static_cast<float>(t.pytorch ? 1.0 : decay)};
+          static_cast<float>(t.pytorch ? decay : 1.0),
+          static_cast<float>(t.pytorch ? 1.0 : decay)};
 }
 
 /// bf16 of `x`, up with the probability of the part that is cut off.
@@ -85,8 +89,8 @@ __global__ void __launch_bounds__(kThreads)
     auto one = [&](float grad, float& moment, float& square, std::uint16_t& high, std::uint16_t& rest,
                    std::uint32_t bits) {
       const float x = clip * grad;
-      moment = t.beta1 * moment + (1.0f - t.beta1) * x;
-      square = t.beta2 * square + (1.0f - t.beta2) * x * x;
+      moment = c.b1 * moment + c.c1 * x;
+      square = c.b2 * square + c.c2 * x * x;
       float value = __uint_as_float((static_cast<std::uint32_t>(high) << 16) +
                                     static_cast<std::uint32_t>(static_cast<std::int16_t>(rest)));
       value = c.after * (c.before * value - c.rate * moment / (sqrtf(square) / c.root + t.eps));
@@ -136,10 +140,10 @@ class AdamKernel final : public Kernel {
                          .v = a.states[1].as<float>(),
                          .n = n,
                          .stream = ops_[i]->stream(),
-                         .beta1 = static_cast<float>(o.beta1),
-                         .beta2 = static_cast<float>(o.beta2),
-                         .eps = static_cast<float>(o.eps),
+                         .beta1 = o.beta1,
+                         .beta2 = o.beta2,
                          .weight_decay = ops_[i]->parameter().decay ? o.weight_decay : 0.0,
+                         .eps = static_cast<float>(o.eps),
                          .pytorch = o.form == AdamForm::pytorch});
       for (std::int64_t first = 0; first < n; first += kBlock) pieces.push_back({static_cast<int>(i), first});
     }

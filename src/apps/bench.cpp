@@ -6,6 +6,7 @@
 #include "base/json.h"
 #include "core/parallel.h"
 #include "train/device.h"
+#include "train/op_bench.h"
 #include "train/step_bench.h"
 #include "train/trainer.h"
 
@@ -15,7 +16,10 @@ namespace {
 struct BenchArguments {
   std::string preset = "llama_9m", optimizer = "adamw";
   std::string device = "auto", weights = "fp32";
+  std::vector<std::string> presets{"llama_60m", "llama_130m", "llama_350m", "llama_1b"};  // of GEMMs on a GPU
   std::int64_t sequences = 8, seq_len = 256, m = 2048, n = 2048, k = 2048;
+  std::int64_t tokens = 0;  // 0: the device's default
+  int op_repeats = 20;      // of attention, and of GEMMs on a GPU
   int micro_batches = 1, steps = 5, repeats = 5, threads = 0;
   double clip_norm = 1.0;
   bool json = false;
@@ -76,10 +80,81 @@ void run_step(const BenchArguments& a) {
   std::cout << json.dump() << '\n';
 }
 
+void run_cpu_gemm(const BenchArguments& a) {
+  const std::vector<GemmRate> rates = bench_gemm(a.m, a.n, a.k, a.repeats);
+  if (!a.json) {
+    for (const GemmRate& rate : rates)
+      fmt::print("{:<16} {:>4} x {:>4} x {:>4}: {:>8.1f} GFLOP/s\n", rate.library, a.m, a.n, a.k,
+                 rate.flops_per_s / 1e9);
+    return;
+  }
+  Json json{{"device", "cpu"}, {"m", a.m}, {"n", a.n}, {"k", a.k}, {"gflops", Json::object()}};
+  for (const GemmRate& rate : rates) json["gflops"][rate.library] = rate.flops_per_s / 1e9;
+  std::cout << json.dump() << '\n';
+}
+
+void run_device_gemms(const BenchArguments& a, Backend& backend) {
+  const ModelGemmBench bench = bench_model_gemms(backend, a.presets, a.tokens, a.op_repeats);
+  if (a.json) {
+    Json json{{"device", backend.name()},
+              {"copy_gb_per_s", bench.copy_bytes_per_s / 1e9},
+              {"ceiling_tflops", bench.ceiling_flops_per_s / 1e12},
+              {"gemms", Json::array()}};
+    for (const ModelGemm& g : bench.gemms)
+      json["gemms"].push_back({{"preset", g.model},
+                               {"name", g.name},
+                               {"m", g.m},
+                               {"n", g.n},
+                               {"k", g.k},
+                               {"one_kernel", g.one_kernel},
+                               {"ms", g.seconds * 1e3},
+                               {"tflops", g.flops_per_s() / 1e12}});
+    std::cout << json.dump() << '\n';
+    return;
+  }
+  fmt::print("{}: copy {:.0f} GB/s, GEMM 8192^3 {:.0f} TFLOP/s\n\n", backend.name(), bench.copy_bytes_per_s / 1e9,
+             bench.ceiling_flops_per_s / 1e12);
+  fmt::print("{:<11} {:<22} {:>7} {:>7} {:>7} {:>9} {:>9} {:>8}\n", "preset", "GEMM", "m", "n", "k", "ms", "TFLOP/s",
+             "ceiling");
+  for (const ModelGemm& g : bench.gemms)
+    fmt::print("{:<11} {:<22} {:>7} {:>7} {:>7} {:>9.3f} {:>9.1f} {:>7.1f}%{}\n", g.model, g.name, g.m, g.n, g.k,
+               g.seconds * 1e3, g.flops_per_s() / 1e12, 100 * g.flops_per_s() / bench.ceiling_flops_per_s,
+               g.one_kernel ? "" : "  (apart)");
+}
+
 void run_gemm(const BenchArguments& a) {
   set_threads(a);
-  for (const GemmRate& rate : bench_gemm(a.m, a.n, a.k, a.repeats))
-    fmt::print("{:<16} {:>4} x {:>4} x {:>4}: {:>8.1f} GFLOP/s\n", rate.library, a.m, a.n, a.k, rate.flops_per_s / 1e9);
+  const std::unique_ptr<Backend> backend = open_device(parse_device(a.device));
+  if (backend->is_host()) return run_cpu_gemm(a);
+  run_device_gemms(a, *backend);
+}
+
+void run_attention(const BenchArguments& a) {
+  set_threads(a);
+  const std::unique_ptr<Backend> backend = open_device(parse_device(a.device));
+  const std::int64_t tokens = a.tokens > 0 ? a.tokens : backend->is_host() ? 2048 : 131072;
+  const std::vector<AttentionRate> rates = bench_attention(*backend, tokens, a.op_repeats);
+  if (a.json) {
+    Json json{{"device", backend->name()}, {"attention", Json::array()}};
+    for (const AttentionRate& r : rates)
+      json["attention"].push_back({{"seq_len", r.shape.seq_len},
+                                   {"head_dim", r.shape.head_dim},
+                                   {"heads", r.shape.heads},
+                                   {"sequences", r.sequences},
+                                   {"forward_ms", r.forward_seconds * 1e3},
+                                   {"forward_tflops", r.forward_flops_per_s() / 1e12},
+                                   {"backward_ms", r.backward_seconds * 1e3},
+                                   {"backward_tflops", r.backward_flops_per_s() / 1e12}});
+    std::cout << json.dump() << '\n';
+    return;
+  }
+  fmt::print("{}: causal attention, FLOPs of the causal half, backward 2.5 times forward\n\n", backend->name());
+  fmt::print("{:>5} {:>4} {:>6} {:>10} {:>11} {:>11} {:>12} {:>12}\n", "T", "D", "heads", "sequences", "forward ms",
+             "backward ms", "fwd TFLOP/s", "bwd TFLOP/s");
+  for (const AttentionRate& r : rates)
+    fmt::print("{:>5} {:>4} {:>6} {:>10} {:>11.3f} {:>11.3f} {:>12.2f} {:>12.2f}\n", r.shape.seq_len, r.shape.head_dim,
+               r.shape.heads, r.sequences, r.forward_seconds * 1e3, r.backward_seconds * 1e3,
+               r.forward_flops_per_s() / 1e12, r.backward_flops_per_s() / 1e12);
 }
 
 }  // namespace
@@ -96,25 +171,35 @@ void add_bench_command(CLI::App& app) {
   step->add_option("--micro-batches", a->micro_batches, "of one step")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
-  step->add_option("--device", a->device, "auto, cpu or cuda")->capture_default_str();
   step->add_option("--weights", a->weights, "fp32 or bf16_sr, on a GPU")
       ->capture_default_str()
       ->check(CLI::IsMember({"fp32", "bf16_sr"}));
   step->add_option("--clip-norm", a->clip_norm, "0: no clipping")->capture_default_str();
   step->add_option("--seq", a->seq_len)->capture_default_str();
   step->add_option("--steps", a->steps)->capture_default_str()->check(CLI::PositiveNumber);
-  CLI::App* gemm = command->add_subcommand("gemm", "f32 GEMM of every library of this build, C[m,n] = A[m,k] B[n,k]'");
+  CLI::App* gemm = command->add_subcommand(
+      "gemm", "on the CPU: f32 C[m,n] = A[m,k] B[n,k]' by every library of this build; on a GPU: every GEMM of a step");
   gemm->add_option("-m", a->m)->capture_default_str();
   gemm->add_option("-n", a->n)->capture_default_str();
   gemm->add_option("-k", a->k)->capture_default_str();
-  gemm->add_option("--repeats", a->repeats)->capture_default_str();
-  for (CLI::App* sub : {step, gemm}) {
+  gemm->add_option("--repeats", a->repeats, "on the CPU")->capture_default_str();
+  gemm->add_option("--presets", a->presets, "on a GPU: the models")->delimiter(',')->capture_default_str();
+  CLI::App* attention = command->add_subcommand("attention", "causal attention, forward and backward, T 256 to 4096");
+  for (CLI::App* sub : {gemm, attention}) {
+    sub->add_option("--tokens", a->tokens, "of a batch; default: more than the caches hold");
+    sub->add_option("--op-repeats", a->op_repeats, "runs of each op, of which the median counts")
+        ->capture_default_str()
+        ->check(CLI::PositiveNumber);
+  }
+  for (CLI::App* sub : {step, gemm, attention}) {
+    sub->add_option("--device", a->device, "auto, cpu or cuda")->capture_default_str();
+    sub->add_flag("--json", a->json, "one JSON object");
     sub->add_option("--threads", a->threads, "default: OMP_NUM_THREADS, or every processor");
     add_quiet_flag(*sub);
   }
-  step->add_flag("--json", a->json, "one JSON object");
   step->callback([a] { run_step(*a); });
   gemm->callback([a] { run_gemm(*a); });
+  attention->callback([a] { run_attention(*a); });
 }
 
 }  // namespace kiln

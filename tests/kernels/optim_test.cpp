@@ -1,0 +1,245 @@
+// Norm and AdamW on the GPU: masters against the CPU's f32, stochastic rounding by its mean.
+#include <bit>
+#include <cmath>
+
+#include "catch.h"
+#include "graph/parameter.h"
+#include "kernels/cuda_backend.h"
+#include "kernels/device_case.h"
+#include "optim/adam.h"
+#include "optim/gradient_norm.h"
+
+namespace kiln::test {
+namespace {
+
+/// A tensor of a backend with what the host gave it.
+class DeviceArray {
+ public:
+  DeviceArray(Backend& backend, TensorSpec spec)
+      : backend_(backend), buffer_(backend.allocate(spec.bytes(), "test")), spec_(spec) {}
+  Tensor view() const { return {buffer_.data(), spec_}; }
+  template <typename T>
+  void set(const std::vector<T>& values) const {
+    backend_.upload(view(), values.data());
+  }
+  template <typename T>
+  std::vector<T> get() const {
+    std::vector<T> values(static_cast<std::size_t>(spec_.shape.numel()));
+    backend_.download(values.data(), view());
+    return values;
+  }
+
+ private:
+  Backend& backend_;
+  Buffer buffer_;
+  TensorSpec spec_;
+};
+
+std::vector<float> normals(std::int64_t count, std::uint64_t seed, double scale) {
+  const Philox random(seed, stream_of("normals"));
+  std::vector<float> values;
+  for (std::int64_t i = 0; i < count; ++i)
+    values.push_back(static_cast<float>(scale * random.normal(static_cast<std::uint64_t>(i))));
+  return values;
+}
+
+struct Halves {
+  std::vector<std::uint16_t> high, low;
+};
+Halves split(const std::vector<float>& values) {
+  Halves halves;
+  for (const float value : values) {
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    halves.high.push_back(static_cast<std::uint16_t>((bits + 0x8000u) >> 16));
+    halves.low.push_back(static_cast<std::uint16_t>(bits));
+  }
+  return halves;
+}
+std::vector<float> joined(const std::vector<bfloat16>& high, const std::vector<std::uint16_t>& low) {
+  std::vector<float> values;
+  for (std::size_t i = 0; i < high.size(); ++i) {
+    const auto rest = static_cast<std::uint32_t>(static_cast<std::int16_t>(low[i]));
+    values.push_back(std::bit_cast<float>((static_cast<std::uint32_t>(high[i].bits) << 16) + rest));
+  }
+  return values;
+}
+
+std::vector<double> doubles(const std::vector<float>& values) { return {values.begin(), values.end()}; }
+std::vector<double> as_vector(const StepScalars& scalars) { return {scalars.begin(), scalars.end()}; }
+
+constexpr std::int64_t kRows = 131, kColumns = 136, kFirst = 50;  // two parameters in one storage
+
+/// Two parameters of one storage, one of them decayed, and the nodes that update them.
+struct Updates {
+  Backend& backend;
+  Plan plan;
+  DeviceArray w, low, g, scalars;
+  std::vector<DeviceArray> states;
+  std::unique_ptr<Executor> executor;
+
+  Updates(Backend& device, const AdamUpdate::Options& options, bool masters)
+      : backend(device),
+        w(device, {{kRows, kColumns}, device.is_host() ? DType::f32 : DType::bf16}),
+        low(device, {{kRows, kColumns}, DType::u16}),
+        g(device, {{kRows, kColumns}, DType::f32}),
+        scalars(device, scalars_spec()) {
+    const ValueId weights = plan.external("w", w.view().spec, Role::parameter);
+    const ValueId gradient = plan.external("g", g.view().spec, Role::gradient);
+    const ValueId step = plan.external("scalars", scalars_spec(), Role::input);
+    const ValueId rest = masters ? plan.external("low", low.view().spec, Role::parameter) : ValueId{};
+    std::vector<ValueId> state_ids;
+    for (const bool second : {false, true}) {
+      const Parameter parameter{.name = second ? "second" : "first",
+                                .shape = {second ? kRows - kFirst : kFirst, kColumns},
+                                .row_begin = second ? kFirst : 0,
+                                .decay = second};
+      std::vector<ValueId> inputs{weights, gradient, step};
+      for (const StateSpec& state : AdamUpdate::states(parameter)) {
+        states.emplace_back(device, state.spec);
+        state_ids.push_back(plan.external(parameter.name + state.name, state.spec, Role::state));
+        inputs.push_back(state_ids.back());
+      }
+      if (masters) inputs.push_back(rest);
+      plan.add(std::make_shared<AdamUpdate>(parameter, options), inputs, "update");
+    }
+    executor = std::make_unique<Executor>(plan, 1, device);
+    executor->bind(weights, w.view());
+    executor->bind(gradient, g.view());
+    executor->bind(step, scalars.view());
+    if (masters) executor->bind(rest, low.view());
+    for (std::size_t s = 0; s < states.size(); ++s) executor->bind(state_ids[s], states[s].view());
+  }
+
+  void step(int number, const std::vector<float>& gradient, double norm) {
+    StepScalars values{};
+    scalar(values, Scalar::step) = number;
+    scalar(values, Scalar::lr) = 0.01;
+    scalar(values, Scalar::clip_scale) = 0.7;
+    scalar(values, Scalar::grad_norm) = norm;
+    g.set(gradient);
+    backend.upload(scalars.view(), values.data());
+    executor->run(Phase::micro, false);
+  }
+};
+
+AdamUpdate::Options options(AdamForm form) {
+  return {.beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.1, .form = form, .seed = 3};
+}
+
+TEST_CASE("AdamW with masters on the GPU follows the CPU's f32 over 20 steps", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const AdamForm form : {AdamForm::pytorch, AdamForm::galore}) {
+    Updates device(*gpu, options(form), true), host(cpu_backend(), options(form), false);
+    CHECK(device.executor->packing().groups.size() == 1);  // both in one launch
+    const std::vector<float> start = normals(kRows * kColumns, 1, 0.02);
+    const Halves halves = split(start);
+    device.w.set(halves.high);
+    device.low.set(halves.low);
+    host.w.set(start);
+    for (int step = 1; step <= 20; ++step) {
+      const std::vector<float> gradient = normals(kRows * kColumns, static_cast<std::uint64_t>(10 + step), 1e-3);
+      device.step(step, gradient, 1);
+      host.step(step, gradient, 1);
+    }
+    const std::vector<bfloat16> high = device.w.get<bfloat16>();
+    const std::vector<float> masters = joined(high, device.low.get<std::uint16_t>()), expected = host.w.get<float>();
+    CHECK(relative_error(doubles(masters), doubles(expected)) <= 2e-6);
+    CHECK(relative_error(doubles(start), doubles(expected)) > 0.1);
+    for (std::size_t s = 0; s < device.states.size(); ++s)
+      CHECK(relative_error(doubles(device.states[s].get<float>()), doubles(host.states[s].get<float>())) <= 1e-6);
+    // What the GEMMs read is the master rounded to the nearest bf16.
+    std::size_t far = 0;
+    for (std::size_t i = 0; i < high.size(); ++i)
+      far += std::abs(to_float(high[i]) - masters[i]) > 0x1.01p-8f * std::abs(masters[i]) ? 1 : 0;
+    CHECK(far == 0);
+
+    // A step whose norm is not finite changes nothing.
+    const std::vector<std::uint16_t> low = device.low.get<std::uint16_t>();
+    const std::vector<float> moment = device.states[0].get<float>();
+    device.step(21, normals(kRows * kColumns, 99, 1e-3), NAN);
+    CHECK(joined(device.w.get<bfloat16>(), device.low.get<std::uint16_t>()) == masters);
+    CHECK(device.low.get<std::uint16_t>() == low);
+    CHECK(device.states[0].get<float>() == moment);
+  }
+}
+
+/// Weights of 1 after one step that takes 0.01 from each.
+std::vector<float> rounded_step(Backend& gpu, std::uint64_t seed, int step) {
+  AdamUpdate::Options o = options(AdamForm::pytorch);
+  o.weight_decay = 0;
+  o.beta1 = o.beta2 = 0;  // the step is lr g / |g|
+  o.seed = seed;
+  Updates updates(gpu, o, false);
+  updates.w.set(std::vector<std::uint16_t>(kRows * kColumns, 0x3f80));
+  updates.step(step, std::vector<float>(kRows * kColumns, 0.5f), 1);
+  std::vector<float> values;
+  for (const bfloat16 w : updates.w.get<bfloat16>()) values.push_back(to_float(w));
+  return values;
+}
+
+TEST_CASE("AdamW in bf16 rounds stochastically, without bias, and by the seed", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  const std::vector<float> w = rounded_step(*gpu, 7, 1);
+  // 0.99 lies between the bf16 numbers 0.98828125 and 0.9921875.
+  double mean = 0;
+  for (const float x : w) {
+    mean += static_cast<double>(x) / static_cast<double>(w.size());
+    REQUIRE((x == 0.98828125f || x == 0.9921875f));
+  }
+  const double spacing = 0.00390625, chance = (0.99 - 0.98828125) / spacing;
+  const double deviation = spacing * std::sqrt(chance * (1 - chance) / static_cast<double>(w.size()));
+  CHECK(std::abs(mean - 0.99) <= 5 * deviation);
+  CHECK(rounded_step(*gpu, 7, 1) == w);
+  CHECK(rounded_step(*gpu, 8, 1) != w);
+  CHECK(rounded_step(*gpu, 7, 2) != w);
+  // The two parameters draw from streams of their own.
+  const auto row = [&](std::int64_t r) {
+    return std::vector<float>(w.begin() + r * kColumns, w.begin() + (r + 1) * kColumns);
+  };
+  CHECK(row(0) != row(kFirst));
+}
+
+StepScalars norm_of(Backend& backend, const std::vector<std::vector<float>>& gradients, double clip, double loss) {
+  Plan plan;
+  std::vector<ValueId> ids;
+  std::vector<DeviceArray> memory;
+  for (const std::vector<float>& gradient : gradients) {
+    memory.emplace_back(backend, TensorSpec{{static_cast<std::int64_t>(gradient.size())}, DType::f32});
+    memory.back().set(gradient);
+    ids.push_back(plan.external("g", memory.back().view().spec, Role::gradient));
+  }
+  memory.emplace_back(backend, scalars_spec());
+  ids.push_back(plan.external("scalars", scalars_spec(), Role::input));
+  StepScalars values{};
+  scalar(values, Scalar::loss) = loss;
+  backend.upload(memory.back().view(), values.data());
+  plan.add(std::make_shared<GradientNorm>(GradientNorm::Options{.clip_norm = clip}), ids, "norm");
+  Executor executor(plan, 1, backend);
+  for (std::size_t i = 0; i < ids.size(); ++i) executor.bind(ids[i], memory[i].view());
+  executor.poison();
+  executor.run(Phase::micro, false);
+  backend.download(values.data(), memory.back().view());
+  return values;
+}
+
+TEST_CASE("the gradient norm on the GPU, and what stops an update", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  std::vector<std::vector<float>> gradients;
+  std::uint64_t seed = 20;
+  for (const std::int64_t n : {1, 3, 1024, 16384, 16385, 100001}) gradients.push_back(normals(n, seed++, 0.1));
+  for (const double clip : {0.0, 1.0, 1000.0}) {
+    const StepScalars found = norm_of(*gpu, gradients, clip, 2.5),
+                      expected = norm_of(cpu_backend(), gradients, clip, 2.5);
+    CHECK(relative_error(as_vector(found), as_vector(expected)) <= 1e-6);
+    CHECK(found[static_cast<std::size_t>(Scalar::clip_scale)] ==
+          Approx(expected[static_cast<std::size_t>(Scalar::clip_scale)]).epsilon(1e-6));
+  }
+  StepScalars stopped = norm_of(*gpu, gradients, 1.0, NAN);
+  CHECK_FALSE(std::isfinite(scalar(stopped, Scalar::grad_norm)));
+  gradients[4].back() = INFINITY;
+  stopped = norm_of(*gpu, gradients, 1.0, 2.5);
+  CHECK_FALSE(std::isfinite(scalar(stopped, Scalar::grad_norm)));
+}
+
+}  // namespace
+}  // namespace kiln::test

@@ -1,0 +1,79 @@
+// The trainer on the GPU: what it saves is where it goes on from.
+#include "train/trainer.h"
+
+#include "base/rng.h"
+#include "catch.h"
+#include "io/checkpoint.h"
+#include "io/corpus_fixture.h"
+
+namespace kiln::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+Config make_config(const Scratch& scratch, const std::string& weights) {
+  const Philox random(3, 3);
+  std::vector<std::int32_t> text;
+  for (std::uint64_t i = 0; i < 8000; ++i)
+    text.push_back(static_cast<std::int32_t>((i * 5 + random.bits(i) % 3) % 1000));
+  write_shard(scratch / "train.bin", text, 1000);
+  return parse_config(fmt::format("run: {{dir: {0}/run, seed: 3, device: cuda}}\n"
+                                  "model: {{hidden: 128, ffn: 200, heads: 4, kv_heads: 2, layers: 2, vocab: 1000}}\n"
+                                  "data: {{train: {0}/train.bin, valid: {0}/train.bin, seq_len: 33}}\n"
+                                  "batch: {{sequences: 12, micro: 3}}\n"
+                                  "schedule: {{kind: cosine, peak_lr: 0.003, warmup_steps: 3, total_steps: 12}}\n"
+                                  "optimizer: {{kind: adamw}}\n"
+                                  "precision: {{weights: {1}}}\n"
+                                  "checkpoint: {{every: 5, keep: 2}}\n"
+                                  "eval: {{every: 6, tokens: 640}}\n",
+                                  scratch.path().string(), weights),
+                      "test.yaml", {});
+}
+
+/// Every weight and optimizer state, byte for byte.
+std::vector<std::byte> bytes_of(const Trainer& trainer) {
+  std::vector<std::byte> all;
+  auto append = [&](const Tensor& t) {
+    const auto* data = static_cast<const std::byte*>(t.data);
+    all.insert(all.end(), data, data + t.bytes());
+  };
+  const ModelWeights& weights = trainer.weights();
+  for (const Parameter& parameter : weights.table().parameters) append(weights.view(parameter));
+  trainer.states().visit([&](const std::string&, const Tensor& t) { append(t); });
+  return all;
+}
+
+TEST_CASE("save and resume on the GPU is bitwise the same as never stopping", "[gpu]") {
+  for (const std::string weights : {"fp32", "bf16_sr"}) {
+    INFO(weights);
+    const Scratch scratch;
+    const auto communicator = make_local_communicator();
+    const Config config = make_config(scratch, weights);
+    Trainer whole(config, *communicator, {.quiet = true, .write_files = false});
+    const TrainSummary summary = whole.run();
+    REQUIRE(summary.valid_loss.has_value());
+    CHECK(*summary.valid_loss < 6.8);  // log(1000) is 6.9
+
+    Config split = config;
+    split.run.dir = (scratch / "split").string();
+    {
+      Trainer part(split, *communicator, {.quiet = true});
+      for (int i = 0; i < 7; ++i) part.step();
+      save_checkpoint(fs::path(split.run.dir) / checkpoint_name(7),
+                      {.weights = part.weights(), .states = part.states(), .config = to_json(split), .tokenizer = {}},
+                      part.at());
+    }
+    Trainer resumed(split, *communicator, {.quiet = true});
+    REQUIRE(resumed.resume_latest());
+    CHECK(resumed.at().step == 7);
+    resumed.run();
+    CHECK(bytes_of(resumed) == bytes_of(whole));
+
+    Trainer other(config, *communicator, {.quiet = true, .write_files = false});
+    other.step();
+    CHECK(bytes_of(other) != bytes_of(whole));
+  }
+}
+
+}  // namespace
+}  // namespace kiln::test
