@@ -69,6 +69,7 @@ enum class Recompute {
   norms,  // what the norms and SwiGLU put out: elementwise work, 2C + F of a token's activations
   block,  // all but the layer's residual input and its 1/rms: most of another forward pass
 };
+inline constexpr Recompute kRecomputes[] = {Recompute::none, Recompute::norms, Recompute::block};
 std::string_view to_string(Recompute recompute);
 
 enum class LlamaOutput {

@@ -50,7 +50,7 @@ void check_supported(const Config& config) {
   };
   // Without a device, run.device: cuda is refused where it is opened, which knows why there is none.
   const bool gpu = config.run.device != Device::cpu && cuda_device_present();
-  if (config.precision.weights != WeightPrecision::fp32 && !gpu)
+  if (config.precision.weights != WeightPrecision::fp32 && !gpu && config.run.device != Device::cuda)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
   if (config.optimizer.kind != OptimizerKind::adamw && gpu)
     refuse(fmt::format("optimizer.kind: {} on a GPU", to_string(config.optimizer.kind)),
