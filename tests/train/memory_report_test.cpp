@@ -4,10 +4,12 @@
 
 #include <atomic>
 #include <filesystem>
+#include <map>
 
 #include "catch.h"
 #include "graph/packing.h"
 #include "io/shard.h"
+#include "train/device.h"
 
 using namespace kiln;
 
@@ -221,6 +223,47 @@ TEST_CASE("Training under a budget takes what fits and learns the same", "[memor
     CHECK(a.grad_norm == b.grad_norm);
   }
 }
+
+#ifdef KILN_WITH_CUDA
+TEST_CASE("A plan for a GPU needs none", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  const auto gpu = open_planning_device(Device::cuda);
+  if (gpu->is_host()) return;
+  Config config;
+  config.model.preset = "llama_60m";
+  config.batch.sequences = 512;
+  config.run.dir = "unused";
+  const MemoryChoice choice = configured_memory(config, 1, *gpu);
+  CHECK(choice.micro.sequences == 512);  // 131,072 tokens at C 512
+  /// Pairs that the GPU takes in one kernel.
+  auto pairs = [&](Recompute recompute) {
+    const TrainPlan train = record_train_plan(plan_options(config, {choice.micro, recompute}, *gpu, 1), *communicator);
+    std::map<std::string, int> count;
+    for (const NodeGroup group : pack(train.plan, 1, *gpu).groups)
+      if (group.count == 2)
+        ++count[fmt::format("{}+{}", train.plan.nodes()[group.first].op->name(),
+                            train.plan.nodes()[group.first + 1].op->name())];
+    return count;
+  };
+  const auto none = pairs(Recompute::none), norms = pairs(Recompute::norms);
+  auto block = pairs(Recompute::block);
+  CHECK(none.at("linear+rope") == 8);
+  CHECK(norms == none);
+  for (const char* again : {"linear+rope", "linear+swiglu"}) {
+    CHECK(block.at(again) == 2 * none.at(again));
+    block.at(again) -= none.at(again);
+  }
+  CHECK(block == none);
+  const PackedMemory packed = packed_memory(config, choice, *gpu, *communicator);
+  const LlamaConfig stored = padded(llama_preset("llama_60m"), storage_layout(*gpu));
+  CHECK(packed.weights == 4 * static_cast<std::uint64_t>(stored.parameter_count()));  // two halves of two bytes
+  CHECK(packed.states == 2 * packed.weights);
+  CHECK(packed.inputs > gpu->staging_bytes());
+  const MemoryReport report = memory_report(config, *communicator, *gpu);
+  REQUIRE(report.optimizers.size() + report.without_kernels.size() == optimizer_kinds().size());
+  CHECK(report.optimizers.front().kind == OptimizerKind::adamw);
+}
+#endif
 
 TEST_CASE("Tied weights are counted once", "[memory_report]") {
   const auto communicator = make_local_communicator();
