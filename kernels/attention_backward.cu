@@ -399,10 +399,8 @@ struct KeyConsumer {
   float s[kRows / 2], dp[kRows / 2], dk[C::kD / 2], dv[C::kD / 2];
   std::uint32_t p[kRows / 16][4], ds[kRows / 16][4];
 
-  __device__ void release(std::uint64_t* barrier) {
-    __syncwarp();  // every lane has read the stage's statistics
-    if (lane == 0) barrier_arrive(barrier);
-  }
+  /// Every lane arrives for itself: each has read the stage's statistics.
+  __device__ void release(std::uint64_t* barrier) { barrier_arrive(barrier); }
 
   __device__ void issue_product(float (&d)[kRows / 2], std::uint32_t rows, std::uint32_t columns) {
     fence_registers(d);
@@ -545,8 +543,8 @@ __global__ __launch_bounds__(C::Role::kThreads, 1) void key_gradient_kernel(cons
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     for (int i = 0; i < C::kStages; ++i) {
-      barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], 4 * C::kWarpgroups);
-      barrier_init(&shared.dout_full[i], 1), barrier_init(&shared.dout_empty[i], 4 * C::kWarpgroups);
+      barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], 128 * C::kWarpgroups);
+      barrier_init(&shared.dout_full[i], 1), barrier_init(&shared.dout_empty[i], 128 * C::kWarpgroups);
     }
     for (int w = 0; w < C::kWarpgroups; ++w)
       for (int i = 0; i < C::kSlots; ++i) barrier_init(&shared.full[w][i], 1), barrier_init(&shared.empty[w][i], 1);

@@ -311,6 +311,16 @@ int device_count() {
   return count;
 }
 
+std::vector<std::string> device_names() {
+  std::vector<std::string> names;
+  for (int device = 0; device < device_count(); ++device) {
+    cudaDeviceProp properties{};
+    check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+    names.emplace_back(properties.name);
+  }
+  return names;
+}
+
 std::string why_no_device() {
   int count = 0;
   const cudaError_t result = cudaGetDeviceCount(&count);

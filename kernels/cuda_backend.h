@@ -1,6 +1,7 @@
 #pragma once
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "graph/backend.h"
 
@@ -8,6 +9,7 @@ namespace kiln::cuda {
 
 /// CUDA devices that this process may use; 0 also when there is no driver.
 int device_count();
+std::vector<std::string> device_names();
 /// Why there is none, for an error message.
 std::string why_no_device();
 

@@ -12,7 +12,7 @@ constexpr int kScaleThreads = 256;
 constexpr int kMaxVectors = 16;       // of eight elements a lane: C <= 4096
 constexpr std::int64_t kParts = 528;  // partial sums of dw; fixed, so that the order of the sum is
 
-/// Vectors of eight that one lane holds of a row.
+/// Vectors of eight that one lane holds of a row in the forward pass; warps that share a row in the backward pass.
 int vectors_of(std::int64_t width) { return static_cast<int>((width + 255) / 256); }
 
 struct ForwardArgs {
@@ -87,60 +87,73 @@ struct BackwardArgs {
   int width;
 };
 
-/// With z = r rstd and g = dy w: dr = rstd (g - z mean(g z)), dw = sum_N dy z. A block owns consecutive rows; each warp
-/// sums dw over its rows in registers, then the warps are added in order.
-template <int kVectors>
-__global__ void __launch_bounds__(kWarps * 32) backward(BackwardArgs a) {
+/// What a thread holds of one row: eight columns.
+struct Row {
+  Bf16x8 r, dy, arriving;
+  float rstd;
+};
+
+/// With z = r rstd and g = dy w: dr = rstd (g - z mean(g z)), dw = sum_N dy z. A row is shared by `kSpan` warps, eight
+/// columns a thread, so that few registers are held and loads of the next row are under way while this one is summed. A
+/// block owns consecutive rows and takes kWarps / kSpan of them at a time; each thread sums dw of its columns, then the
+/// rows' groups are added in order.
+template <int kSpan>
+__global__ void __launch_bounds__((kSpan > kWarps ? kSpan : kWarps / kSpan * kSpan) * 32) backward(BackwardArgs a) {
+  constexpr int kSlots = kSpan > kWarps ? 1 : kWarps / kSpan;
   extern __shared__ float shared[];  // [width]
+  __shared__ float dots[2][kSlots][kSpan];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int slot = warp / kSpan, part = warp % kSpan, column = (part * 32 + lane) * 8;
+  const bool active = column < a.width;  // the same for all of a row's slots
   const std::int64_t first = std::int64_t{blockIdx.x} * a.rows_per_part;
   const std::int64_t last = min(first + a.rows_per_part, a.rows);
-  Float8 dw[kVectors] = {};
-  for (std::int64_t row = first + warp; row < last; row += kWarps) {
-    const std::int64_t base = row * a.width;
-    const float scale = a.rstd[row];
-    Bf16x8 r[kVectors], dy[kVectors];
+  auto load = [&](std::int64_t row) {
+    Row x{};
+    if (!active) return x;
+    const std::int64_t at = row * a.width + column;
+    x.r = load8_streaming(a.r + at);
+    x.dy = load8_streaming(a.dy + at);
+    if (a.arriving != nullptr) x.arriving = load8_streaming(a.arriving + at);
+    x.rstd = a.rstd[row];
+    return x;
+  };
+  const Float8 w = active ? unpack(load8(a.w + column)) : Float8{};
+  Float8 dw{};
+  int parity = 0;
+  Row next = first + slot < last ? load(first + slot) : Row{};
+  for (std::int64_t row = first + slot; row < last; row += kSlots, parity ^= 1) {
+    const Row now = next;
+    if (row + kSlots < last) next = load(row + kSlots);
+    const Float8 r = unpack(now.r), d = unpack(now.dy);
     float dot = 0;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int c = (v * 32 + lane) * 8;
-      if (c >= a.width) continue;
-      r[v] = load8_streaming(a.r + base + c);
-      dy[v] = load8_streaming(a.dy + base + c);
-      const Float8 x = unpack(r[v]), d = unpack(dy[v]), w = unpack(load8(a.w + c));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        dw[v].v[i] += d.v[i] * x.v[i] * scale;
-        dot += d.v[i] * w.v[i] * x.v[i];
-      }
+    for (int i = 0; i < 8; ++i) {
+      dw.v[i] += d.v[i] * r.v[i] * now.rstd;
+      dot += d.v[i] * w.v[i] * r.v[i];
     }
-    const float mean = warp_sum(dot) * scale * scale * scale / static_cast<float>(a.width);
+    dot = warp_sum(dot);
+    if constexpr (kSpan > 1) {
+      if (lane == 0) dots[parity][slot][part] = dot;
+      wait_for(1 + slot, kSpan * 32);
+      dot = 0;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int c = (v * 32 + lane) * 8;
-      if (c >= a.width) continue;
-      const Float8 x = unpack(r[v]), d = unpack(dy[v]), w = unpack(load8(a.w + c));
-      Float8 out{};
-      if (a.arriving != nullptr) out = unpack(load8_streaming(a.arriving + base + c));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) out.v[i] += d.v[i] * w.v[i] * scale - x.v[i] * mean;
-      store8(a.dx + base + c, pack(out));
+      for (int i = 0; i < kSpan; ++i) dot += dots[parity][slot][i];
     }
+    if (!active) continue;
+    const float scale = now.rstd;
+    const float mean = dot * scale * scale * scale / static_cast<float>(a.width);
+    Float8 out = unpack(now.arriving);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out.v[i] += d.v[i] * w.v[i] * scale - r.v[i] * mean;
+    store8(a.dx + row * a.width + column, pack(out));
   }
-  for (int c = static_cast<int>(threadIdx.x); c < a.width; c += kWarps * 32) shared[c] = 0;
-  for (int turn = 0; turn < kWarps; ++turn) {
+  for (int turn = 0; turn < kSlots; ++turn) {
+    if (slot == turn && active)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) shared[column + i] = (turn == 0 ? 0.0f : shared[column + i]) + dw.v[i];
     __syncthreads();
-    if (warp != turn) continue;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int c = (v * 32 + lane) * 8;
-      if (c >= a.width) continue;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) shared[c + i] += dw[v].v[i];
-    }
   }
-  __syncthreads();
-  for (int c = static_cast<int>(threadIdx.x); c < a.width; c += kWarps * 32)
+  for (int c = static_cast<int>(threadIdx.x); c < a.width; c += static_cast<int>(blockDim.x))
     a.partial[std::int64_t{blockIdx.x} * a.width + c] = shared[c];
 }
 
@@ -240,8 +253,12 @@ std::unique_ptr<Kernel> make_backward(const Nodes& nodes, Context& context) {
                          .rows = rows,
                          .rows_per_part = rows_per_part,
                          .width = static_cast<int>(width)};
-    const Launch how{"rms_norm_dx", parts, kWarps * 32, stream, static_cast<std::size_t>(width) * sizeof(float)};
-    with_vectors(width, [&](auto vectors) { launch(how, backward<vectors()>, a); });
+    with_vectors(width, [&](auto vectors) {
+      constexpr int kSpan = vectors();
+      constexpr unsigned kThreads = (kSpan > kWarps ? kSpan : kWarps / kSpan * kSpan) * 32;
+      launch({"rms_norm_dx", parts, kThreads, stream, static_cast<std::size_t>(width) * sizeof(float)}, backward<kSpan>,
+             a);
+    });
     launch({"rms_norm_dw", blocks_for(width, 32), dim3(32, 32), stream}, sum_parts, a.partial, static_cast<int>(parts),
            static_cast<int>(width), args.accumulate, args.out[1].as<float>());
   });

@@ -43,6 +43,11 @@ __device__ inline Bf16x8 pack(const Float8& x) {
   return {make_uint4(words[0], words[1], words[2], words[3])};
 }
 
+/// Waits for `threads` threads of the block at barrier `id` (1 to 15).
+__device__ inline void wait_for(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /// Sum over the 32 lanes, in a fixed order, in every lane.
 template <typename T>
 __device__ inline T warp_sum(T x) {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that must hold: installs what is missing, builds, checks the format, runs every test, and runs the CPU
-# tests again under AddressSanitizer and UndefinedBehaviorSanitizer. Ends with one line that says so.
+# Everything that must hold: installs what is missing, builds, checks the format, runs every test, compiles the CUDA
+# kernels where nvcc is found, and runs the CPU tests again under AddressSanitizer and UndefinedBehaviorSanitizer. Ends
+# with one line that says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 jobs=$(nproc)
@@ -19,6 +20,15 @@ fi
 cmake --preset release
 cmake --build --preset release -j "$jobs"
 ctest --test-dir build/release -j 1
+
+# The kernels compile wherever there is a CUDA compiler; their tests run where there is a device, and are skipped elsewhere.
+if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+  cmake --preset cuda
+  cmake --build --preset cuda -j "$jobs" --target kiln test_kernels
+  ctest --test-dir build/cuda -L gpu
+else
+  echo "cuda: SKIPPED, there is no nvcc"
+fi
 
 # Debug information and optimisation for the rest would only cost time here.
 cmake --preset asan -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1'

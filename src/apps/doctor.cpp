@@ -8,7 +8,8 @@
 #include "apps/commands.h"
 #include "base/json.h"
 #include "base/text.h"
-#include "dist/communicator.h"
+#include "dist/device_communicator.h"
+#include "train/device.h"
 
 namespace kiln {
 namespace {
@@ -57,9 +58,20 @@ struct Finding {
   std::string what, state, advice;
 };
 
+Finding cuda_finding() {
+  const DeviceInfo info = cuda_info();
+  if (!info.compiled)
+    return {"CUDA backend", "not compiled in", "install the CUDA Toolkit and build with --preset cuda"};
+  if (info.devices.empty())
+    return {"CUDA backend", fmt::format("CUDA {}, no device: {}", info.runtime, info.why_none),
+            "train with run.device: cpu"};
+  return {"CUDA backend", fmt::format("CUDA {}: {}", info.runtime, fmt::join(info.devices, ", ")), ""};
+}
+
 std::vector<Finding> examine() {
   const std::string memory = proc_value("/proc/meminfo", "MemTotal");
   const std::uint64_t bytes = std::strtoull(memory.c_str(), nullptr, 10) * 1024;
+  const std::string nccl = nccl_version();
   const std::string mpi = mpi_library(), mpirun = find_program("mpirun");
   std::vector<Finding> list{
       {"processor",
@@ -71,8 +83,9 @@ std::vector<Finding> examine() {
       {"CPU backend", "available", ""},
       {"MPI", mpi.empty() ? "not compiled in" : mpi, mpi.empty() ? "install libopenmpi-dev and configure again" : ""},
       {"mpirun", mpirun.empty() ? "not found" : mpirun, mpirun.empty() ? "install openmpi-bin" : ""},
-      {"CUDA backend", "not part of this version", "train with run.device: cpu"},
-      {"NCCL", "not part of this version", ""}};
+      cuda_finding(),
+      {"NCCL", nccl.empty() ? "not compiled in" : nccl,
+       nccl.empty() ? "needed for several GPUs; install NCCL and build with --preset cuda" : ""}};
   return list;
 }
 

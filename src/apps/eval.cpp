@@ -7,6 +7,7 @@
 #include "apps/commands.h"
 #include "base/log.h"
 #include "core/parallel.h"
+#include "train/device.h"
 #include "train/evaluator.h"
 #include "train/model_files.h"
 #include "train/trainer.h"
@@ -19,6 +20,7 @@ struct EvalArguments {
   std::vector<std::string> data;
   std::int64_t tokens = 0, seq_len = 256, micro = 8;
   std::uint64_t seed = 1;
+  std::string device = "auto";
   bool json = false;
 };
 
@@ -36,7 +38,9 @@ Evaluation evaluate(const EvalArguments& arguments, Communicator& communicator) 
       arguments.tokens == 0
           ? 1.0
           : std::min(1.0, static_cast<double>(arguments.tokens) / static_cast<double>(samples * arguments.seq_len));
-  Evaluator evaluator(weights, std::min(arguments.micro, samples), arguments.seq_len);
+  const std::unique_ptr<Backend> backend = open_device(parse_device(arguments.device));
+  const DeviceWeights on_device(weights, storage_layout(*backend), false, *backend);
+  Evaluator evaluator(on_device, std::min(arguments.micro, samples), arguments.seq_len);
   Evaluation all;
   for (const Dataset& set : sets) {
     const double wanted = share * static_cast<double>(set.samples_per_epoch());
@@ -98,6 +102,8 @@ void add_eval_command(CLI::App& app) {
   command->add_option("--micro", arguments->micro, "Sequences of one pass")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
+  command->add_option("--device", arguments->device, "auto, cpu (f32) or cuda (bf16, sums in f32)")
+      ->capture_default_str();
   command->add_option("--seed", arguments->seed, "Which samples, when --tokens is less than all")
       ->capture_default_str();
   command->add_flag("--json", arguments->json, "Print one JSON object");

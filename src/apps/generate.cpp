@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "core/parallel.h"
 #include "io/tokenizer.h"
+#include "train/device.h"
 #include "train/generator.h"
 #include "train/model_files.h"
 #include "train/trainer.h"
@@ -14,7 +15,7 @@ namespace kiln {
 namespace {
 
 struct GenerateArguments {
-  std::string checkpoint, prompt, tokenizer, prefill = "dense";
+  std::string checkpoint, prompt, tokenizer, prefill = "dense", device = "auto";
   std::int64_t tokens = 128;
   SamplingOptions sampling{.temperature = 0.8, .top_k = 0, .top_p = 0.95, .seed = 1};
 };
@@ -93,7 +94,9 @@ void run(const GenerateArguments& arguments) {
   if (positions > weights.config().max_positions)
     log_warning("{} tokens exceed the {} positions that the model was made for; expect worse text", positions,
                 weights.config().max_positions);
-  Generator generator(weights, positions);
+  const std::unique_ptr<Backend> backend = open_device(parse_device(arguments.device));
+  const DeviceWeights on_device(weights, storage_layout(*backend), false, *backend);
+  Generator generator(on_device, positions);
   generator.run(prompt, arguments.tokens, tokenizer.eos(), arguments.sampling, [&](std::int32_t token) {
     stream.push({&token, 1});
   });
@@ -117,6 +120,7 @@ void add_generate_command(CLI::App& app) {
   command->add_option("--top-p", sampling.top_p, "Only the likeliest tokens that hold this probability")
       ->capture_default_str();
   command->add_option("--seed", sampling.seed, "The same seed gives the same text")->capture_default_str();
+  command->add_option("--device", arguments->device, "auto, cpu or cuda")->capture_default_str();
   command->add_option("--prefill", arguments->prefill, "How the prompt is read: dense")->capture_default_str();
   command->add_option("--tokenizer", arguments->tokenizer, "SentencePiece model; else CKPT/tokenizer.model");
   command->footer("Example:\n  kiln generate runs/fira60m/step_00001000 --prompt 'It was a dark night' --seed 7");

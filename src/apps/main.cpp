@@ -20,9 +20,10 @@ int run(int argc, char** argv) {
   CLI::App app("kiln: LLaMA pre-training under a memory budget");
   app.set_version_flag("--version", "kiln 0.1.0");
   app.require_subcommand(1);
-  for (const auto add : {add_train_command, add_plan_command, add_compare_command, add_merge_command, add_eval_command,
-                         add_generate_command, add_tokenize_command, add_import_command, add_export_command,
-                         add_report_command, add_bench_command, add_doctor_command})
+  for (const auto add :
+       {add_train_command, add_plan_command, add_compare_command, add_merge_command, add_predict_command,
+        add_eval_command, add_generate_command, add_tokenize_command, add_import_command, add_export_command,
+        add_report_command, add_bench_command, add_doctor_command})
     add(app);
   try {
     app.parse(argc, argv);

@@ -17,10 +17,13 @@ struct TrainArguments {
   bool quiet = false, help_config = false;
 };
 
-void resume_run(Trainer& trainer, const TrainArguments& arguments) {
-  if (arguments.resume == "none") return;
-  if (arguments.resume != "auto") return trainer.resume(arguments.resume);
-  if (!trainer.resume_latest() && !arguments.init_from.empty()) trainer.initialise_from(arguments.init_from);
+void resume_run(Trainer& trainer, const TrainArguments& arguments, bool first_rank) {
+  if (arguments.resume != "auto" && arguments.resume != "none") return trainer.resume(arguments.resume);
+  if (arguments.resume == "auto" && trainer.resume_latest()) return;
+  if (arguments.init_from.empty()) return;
+  trainer.initialise_from(arguments.init_from);
+  if (load_states(arguments.init_from, trainer.states()) && first_rank)
+    log_info("optimizer states of {}", arguments.init_from);
 }
 
 void print_summary(const Config& config, const TrainSummary& summary) {
@@ -43,7 +46,7 @@ void run(const TrainArguments& arguments) {
   TrainSummary summary;
   try {
     Trainer trainer(config, *communicator, {.quiet = arguments.quiet});
-    resume_run(trainer, arguments);
+    resume_run(trainer, arguments, communicator->rank() == 0);
     summary = trainer.run();
   } catch (const Error& e) {
     // One rank's error ends them all, or the others would wait for it for ever.
@@ -62,7 +65,9 @@ void add_train_command(CLI::App& app) {
   command->add_option("config", arguments->config, "YAML configuration");
   command->add_option("overrides", arguments->overrides, "section.key=value");
   command->add_option("--resume", arguments->resume, "auto, none, or a checkpoint directory")->capture_default_str();
-  command->add_option("--init-from", arguments->init_from, "start from the weights of a model directory");
+  command->add_option(
+      "--init-from", arguments->init_from,
+      "start from the weights of a model directory, such as a merge, and the optimizer states it holds");
   command->add_flag("--help-config", arguments->help_config, "list every configuration key");
   command->add_flag("--quiet", arguments->quiet, "no progress line");
   command->footer("Example:\n  mpirun -n 2 kiln train configs/quickstart.yaml optimizer.kind=fira");

@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <cerrno>
 #include <cstring>
@@ -74,12 +73,6 @@ std::vector<std::filesystem::path> expand_glob(const std::string& pattern) {
   return paths;
 }
 
-std::string hash_bytes(std::span<const std::byte> bytes) {
-  return fmt::format("{:016x}", XXH3_64bits(bytes.data(), bytes.size()));
-}
-
-std::string hash_file(const std::filesystem::path& path) { return hash_bytes(MappedFile(path).bytes()); }
-
 MappedFile::MappedFile(const std::filesystem::path& path) {
   Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   struct stat info {};
@@ -97,6 +90,17 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
+void MappedFile::release(std::span<const std::byte> bytes) const {
+  // The system maps huge pages whole, so a piece leaves nothing behind only if all of those that it touches are given
+  // up.
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  const auto base = reinterpret_cast<std::uintptr_t>(data_);
+  const auto begin = base + (reinterpret_cast<std::uintptr_t>(bytes.data()) - base) / kHugePage * kHugePage;
+  const auto end = reinterpret_cast<std::uintptr_t>(bytes.data() + bytes.size());
+  // Advice only: what fails here costs memory, not correctness.
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 MappedFile::MappedFile(MappedFile&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 
@@ -104,6 +108,26 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;
+}
+
+ReadFile::ReadFile(const std::filesystem::path& path)
+    : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  if (descriptor_ < 0)
+    fail(ExitCode::data, "{}: cannot be opened ({}); check the path", path.string(), std::strerror(errno));
+}
+
+ReadFile::~ReadFile() { ::close(descriptor_); }
+
+void ReadFile::read(std::uint64_t offset, std::span<std::byte> out) const {
+  while (!out.empty()) {
+    const ssize_t n = ::pread(descriptor_, out.data(), out.size(), static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0)
+      fail(ExitCode::data, "{}: cannot be read at byte {} ({}); check the disk, or copy the file again", path_.string(),
+           offset, n < 0 ? std::strerror(errno) : "the file has ended");
+    out = out.subspan(static_cast<std::size_t>(n));
+    offset += static_cast<std::uint64_t>(n);
+  }
 }
 
 }  // namespace kiln

@@ -36,10 +36,29 @@ class MappedFile {
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  /// Gives the pages of a part of bytes() back to the system; they still read the same, from its cache or the file. So
+  /// a pass over a large file keeps its resident memory small. Thread-safe.
+  void release(std::span<const std::byte> bytes) const;
 
  private:
   const std::byte* data_ = nullptr;
   std::size_t size_ = 0;
+};
+
+/// A file for reading by copies. A copy of a block that fits the second-level cache costs less than the page faults and
+/// the cache misses of a map, and no memory stays resident. A data Error if the file cannot be opened.
+class ReadFile {
+ public:
+  explicit ReadFile(const std::filesystem::path& path);
+  ~ReadFile();
+  ReadFile(const ReadFile&) = delete;
+  ReadFile& operator=(const ReadFile&) = delete;
+  /// Fills `out` from byte `offset` on; thread-safe. A data Error names the file when it ends before.
+  void read(std::uint64_t offset, std::span<std::byte> out) const;
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_;
 };
 
 }  // namespace kiln

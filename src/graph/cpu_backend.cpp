@@ -43,7 +43,7 @@ class CpuBackend final : public Backend {
     std::memcpy(to, fetched_[fetch].data(), fetched_[fetch].size());
   }
   void fill_bytes(const Tensor& tensor, std::uint8_t value) override {
-    std::memset(tensor.data, value, tensor.bytes());
+    if (tensor.bytes() > 0) std::memset(tensor.data, value, tensor.bytes());  // an empty one has no address
   }
   void synchronize() override {}
 

@@ -110,12 +110,14 @@ void read_as(const SafetensorsReader& reader, const SafetensorEntry& entry, std:
   }
 }
 
+/// `offsets` and `total` count from the end of the header.
 Json header_of(const std::vector<SafetensorsWriter::Item>& items, const std::map<std::string, std::string>& metadata,
-               std::uint64_t& total) {
+               std::vector<std::uint64_t>& offsets, std::uint64_t& total) {
   Json header = Json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   total = 0;
   for (const SafetensorsWriter::Item& item : items) {
+    offsets.push_back(total);
     const std::uint64_t bytes = element_count(item.shape, item.name) * size_of(item.dtype);
     header[item.name] = {
         {"dtype", safetensors_name(item.dtype)}, {"shape", item.shape}, {"data_offsets", {total, total + bytes}}};
@@ -138,7 +140,7 @@ DType safetensors_dtype(std::string_view name) {
   fail(ExitCode::data, "safetensors dtype '{}' is not known", name);
 }
 
-SafetensorsReader::SafetensorsReader(const std::filesystem::path& path) : path_(path), file_(path) {
+SafetensorsReader::SafetensorsReader(const std::filesystem::path& path) : path_(path), file_(path), reads_(path) {
   const Json header = parse_header(file_.bytes(), path.string(), data_begin_);
   std::set<std::string> names;
   for (const auto& [name, value] : header.items()) {
@@ -176,6 +178,12 @@ std::span<const std::byte> SafetensorsReader::bytes(const SafetensorEntry& entry
   return file_.bytes().subspan(data_begin_ + entry.begin, entry.end - entry.begin);
 }
 
+void SafetensorsReader::read_bytes(const SafetensorEntry& entry, std::uint64_t offset, std::span<std::byte> out) const {
+  check(offset + out.size() <= entry.end - entry.begin, "tensor '{}': bytes [{}, {}) of {}", entry.name, offset,
+        offset + out.size(), entry.end - entry.begin);
+  reads_.read(data_begin_ + entry.begin + offset, out);
+}
+
 void SafetensorsReader::read_floats(const SafetensorEntry& entry, std::uint64_t first, std::span<float> out) const {
   read_as(*this, entry, first, out);
 }
@@ -191,12 +199,13 @@ SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vec
     return std::pair(-static_cast<int>(size_of(a.dtype)), std::string_view(a.name)) <
            std::pair(-static_cast<int>(size_of(b.dtype)), std::string_view(b.name));
   });
-  std::string header = header_of(items_, metadata, expected_).dump();
+  std::string header = header_of(items_, metadata, offsets_, expected_).dump();
   header.resize((header.size() + 7) / 8 * 8, ' ');
   descriptor_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (descriptor_ < 0) fail(ExitCode::data, "{}: cannot be written ({})", path.string(), std::strerror(errno));
   const std::uint64_t length = header.size();
   expected_ += sizeof(length) + length;
+  for (std::uint64_t& offset : offsets_) offset += sizeof(length) + length;
   append(std::as_bytes(std::span(&length, 1)));
   append(std::as_bytes(std::span(header)));
 }
@@ -205,21 +214,32 @@ SafetensorsWriter::~SafetensorsWriter() {
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
-void SafetensorsWriter::append(std::span<const std::byte> bytes) {
-  check(written_ + bytes.size() <= expected_, "{}: more bytes than the header describes", path_.string());
+void SafetensorsWriter::append(std::span<const std::byte> bytes) { put(written_, bytes); }
+
+void SafetensorsWriter::write_at(std::size_t index, std::uint64_t offset, std::span<const std::byte> bytes) {
+  const std::uint64_t end = index + 1 < offsets_.size() ? offsets_[index + 1] : expected_;
+  check(offsets_.at(index) + offset + bytes.size() <= end, "{}: more bytes of '{}' than the header describes",
+        path_.string(), items_[index].name);
+  put(offsets_[index] + offset, bytes);
+}
+
+void SafetensorsWriter::put(std::uint64_t at, std::span<const std::byte> bytes) {
+  check(at + bytes.size() <= expected_, "{}: more bytes than the header describes", path_.string());
   written_ += bytes.size();
   while (!bytes.empty()) {
-    const ssize_t n = ::write(descriptor_, bytes.data(), bytes.size());
+    const ssize_t n = ::pwrite(descriptor_, bytes.data(), bytes.size(), static_cast<off_t>(at));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0)
       fail(ExitCode::resource, "{}: writing failed ({}); free some space and try again", path_.string(),
            std::strerror(errno));
     bytes = bytes.subspan(static_cast<std::size_t>(n));
+    at += static_cast<std::uint64_t>(n);
   }
 }
 
 void SafetensorsWriter::finish() {
-  check(written_ == expected_, "{}: {} bytes written, the header describes {}", path_.string(), written_, expected_);
+  check(written_ == expected_, "{}: {} bytes written, the header describes {}", path_.string(), written_.load(),
+        expected_);
   if (::fsync(descriptor_) != 0)
     fail(ExitCode::resource, "{}: fsync failed ({})", path_.string(), std::strerror(errno));
   ::close(descriptor_);

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <filesystem>
 #include <map>
 #include <string>
@@ -29,6 +30,8 @@ class SafetensorsReader {
   const SafetensorEntry* find(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   std::span<const std::byte> bytes(const SafetensorEntry& entry) const;
+  /// Copies bytes(entry) from byte `offset` on, by a read and not through the map (ReadFile). Thread-safe.
+  void read_bytes(const SafetensorEntry& entry, std::uint64_t offset, std::span<std::byte> out) const;
   /// Converts elements [first, first + out.size()) of f32, f64, bf16 or f16 storage to `out`.
   void read_floats(const SafetensorEntry& entry, std::uint64_t first, std::span<float> out) const;
   void read_floats(const SafetensorEntry& entry, std::uint64_t first, std::span<double> out) const;
@@ -37,13 +40,15 @@ class SafetensorsReader {
  private:
   std::filesystem::path path_;
   MappedFile file_;
+  ReadFile reads_;
   std::vector<SafetensorEntry> entries_;
   std::map<std::string, std::string> metadata_;
   std::uint64_t data_begin_ = 0;
 };
 
 /// Writes one file as the reference writer lays it out: header keys by descending dtype size then name, header padded
-/// with spaces to 8 bytes, `"__metadata__": {"format": "pt"}`. Data may come in pieces, in the order of `layout()`.
+/// with spaces to 8 bytes, `"__metadata__": {"format": "pt"}`. Data come in pieces: appended in the order of
+/// `layout()`, or written in place in any order.
 class SafetensorsWriter {
  public:
   struct Item {
@@ -62,13 +67,20 @@ class SafetensorsWriter {
   const std::vector<Item>& layout() const { return items_; }
   /// Appends raw bytes of the current item or items; crossing into the next item is allowed.
   void append(std::span<const std::byte> bytes);
+  /// Writes a piece of item `index` of layout() from byte `offset` of its data on. Thread-safe. Every byte once, and
+  /// none of them by append().
+  void write_at(std::size_t index, std::uint64_t offset, std::span<const std::byte> bytes);
   /// Checks that every byte came, flushes and fsyncs. Without it the file is left torn, and readers refuse it.
   void finish();
 
  private:
+  void put(std::uint64_t at, std::span<const std::byte> bytes);
+
   std::filesystem::path path_;
   std::vector<Item> items_;
-  std::uint64_t expected_ = 0, written_ = 0;
+  std::vector<std::uint64_t> offsets_;  // of each item's data in the file
+  std::uint64_t expected_ = 0;
+  std::atomic<std::uint64_t> written_ = 0;
   int descriptor_ = -1;
 };
 

@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <array>
-#include <cctype>
+#include <atomic>
 #include <charconv>
 
 #include "base/error.h"
 #include "base/log.h"
+#include "core/parallel.h"
 #include "io/checkpoint.h"
 
 namespace kiln {
@@ -110,7 +111,7 @@ void check_same_config(const MergeInput& first, const MergeInput& other) {
   }
 }
 
-void check_whole(const fs::path& directory, bool verify) {
+void check_sizes(const fs::path& directory) {
   if (!fs::exists(directory / "MANIFEST.json")) {
     // Only kiln writes state.json, and it writes the manifest last.
     if (fs::exists(directory / "state.json"))
@@ -118,7 +119,7 @@ void check_whole(const fs::path& directory, bool verify) {
            directory.string());
     return;
   }
-  if (const auto fault = checkpoint_fault(directory, verify ? ManifestCheck::hashes : ManifestCheck::sizes))
+  if (const auto fault = checkpoint_fault(directory, ManifestCheck::sizes))
     fail(ExitCode::data, "{}: not a whole checkpoint: {}; leave it out or copy it again", directory.string(), *fault);
 }
 
@@ -132,20 +133,61 @@ void check_distinct(const std::vector<fs::path>& directories) {
   }
 }
 
-/// What the manifest records, which saves a second pass over a file that check_whole has just hashed; without one the
-/// hash of the file, or nothing when verification is off.
-std::string hash_of(const fs::path& file, bool verify) {
-  const fs::path manifest = file.parent_path() / "MANIFEST.json";
+/// A file of an input, with the hash that its manifest records (empty without one) and the one found.
+struct FileCheck {
+  MergeInput* input;
+  std::string name, recorded, found, fault;
+};
+
+/// Every file of the manifest, or the model's files where there is none.
+std::vector<FileCheck> files_to_check(MergeInput& input) {
+  std::vector<FileCheck> checks;
+  const fs::path manifest = input.directory / "MANIFEST.json";
   if (fs::exists(manifest)) {
     const Json json = read_json(manifest);
-    const Json::json_pointer recorded = Json::json_pointer("/files") / file.filename().string() / "xxh3";
-    if (json.contains(recorded)) return json.at(recorded).get<std::string>();
+    for (const auto& [name, file] : json.at("files").items())
+      checks.push_back({&input, name, file.at("xxh3").get<std::string>(), "", ""});
+  } else {
+    for (const InputFile& file : input.files) checks.push_back({&input, file.name, "", "", ""});
   }
-  return verify ? hash_file(file) : std::string();
+  return checks;
 }
 
-MergeInput open_input(const fs::path& directory, bool verify) {
-  check_whole(directory, verify);
+/// Hashes files on all threads; what goes wrong is noted in the check.
+void hash_files(std::vector<FileCheck>& checks) {
+  std::atomic<std::size_t> next = 0;
+  const auto work = [&] {
+    for (std::size_t i = next.fetch_add(1); i < checks.size(); i = next.fetch_add(1)) {
+      FileCheck& check = checks[i];
+      try {
+        check.found = hash_file(check.input->directory / check.name);
+        if (!check.recorded.empty() && check.found != check.recorded)
+          check.fault = fmt::format("{} does not match its hash", check.name);
+      } catch (const std::exception& e) {
+        check.fault = e.what();
+      }
+    }
+  };
+  parallel_for(thread_count(), 1, [&](std::int64_t, std::int64_t) { work(); });
+}
+
+/// Records the model files' hashes; with `verify` they and all others of the manifest are computed and compared.
+void record_hashes(std::vector<MergeInput>& inputs, bool verify) {
+  std::vector<FileCheck> checks;
+  for (MergeInput& input : inputs)
+    for (FileCheck& check : files_to_check(input)) checks.push_back(std::move(check));
+  if (verify) hash_files(checks);
+  for (const FileCheck& check : checks) {
+    if (!check.fault.empty())
+      fail(ExitCode::data, "{}: not a whole checkpoint: {}; leave it out or copy it again",
+           check.input->directory.string(), check.fault);
+    for (InputFile& file : check.input->files)
+      if (file.name == check.name) file.hash = check.recorded.empty() ? check.found : check.recorded;
+  }
+}
+
+MergeInput open_input(const fs::path& directory) {
+  check_sizes(directory);
   MergeInput input;
   input.directory = directory;
   input.step = step_of(directory);
@@ -155,8 +197,7 @@ MergeInput open_input(const fs::path& directory, bool verify) {
   input.model = std::make_unique<ModelTensors>(directory);
   check_dtypes(*input.model);
   for (const auto& file : input.model->files())
-    input.files.push_back(
-        {file->path().filename().string(), fs::file_size(file->path()), hash_of(file->path(), verify)});
+    input.files.push_back({file->path().filename().string(), fs::file_size(file->path()), ""});
   return input;
 }
 
@@ -237,10 +278,11 @@ std::vector<MergeInput> open_inputs(const std::vector<fs::path>& directories, bo
   check_distinct(directories);
   std::vector<MergeInput> inputs;
   for (const fs::path& directory : directories) {
-    inputs.push_back(open_input(directory, verify));
+    inputs.push_back(open_input(directory));
     check_same_tensors(*inputs.front().model, *inputs.back().model, directory);
     check_same_config(inputs.front(), inputs.back());
   }
+  record_hashes(inputs, verify);
   return inputs;
 }
 

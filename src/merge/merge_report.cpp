@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/text.h"
 
@@ -27,7 +28,8 @@ Json to_json(const MergedCheckpoint& row) {
 Json to_json(const MergeReport& report) {
   Json json = {{"checkpoints", Json::array()},          {"tensors", report.tensors},
                {"elements", report.elements},           {"bytes_read", report.bytes_read},
-               {"bytes_written", report.bytes_written}, {"seconds", report.seconds}};
+               {"bytes_written", report.bytes_written}, {"seconds", report.seconds},
+               {"open_seconds", report.open_seconds},   {"average_seconds", report.average_seconds}};
   for (const MergedCheckpoint& row : report.checkpoints) json["checkpoints"].push_back(to_json(row));
   return json;
 }
@@ -40,6 +42,11 @@ std::string merge_table(const MergeReport& report) {
     text += fmt::format("{:<{}}  {:>10}  {:>9.6f}  {:>9}\n", row.directory.string(), width,
                         row.step ? fmt::to_string(*row.step) : "-", row.weight,
                         row.decay ? fmt::format("{:.6f}", *row.decay) : "-");
+  double sum = 0.0;
+  for (const MergedCheckpoint& row : report.checkpoints) sum += row.weight;
+  if (std::abs(sum - 1.0) > 1e-9)
+    text += fmt::format(
+        "the weights sum to {:.6g}, which scales the model; the decay is that of weights that sum to 1\n", sum);
   return text + fmt::format("{} tensors, {} weights: read {}, wrote {} in {:.2f} s\n", report.tensors,
                             human_count(static_cast<double>(report.elements)), human_bytes(report.bytes_read),
                             human_bytes(report.bytes_written), report.seconds);

@@ -14,8 +14,8 @@ struct MergedCheckpoint {
   std::filesystem::path directory;
   std::optional<std::int64_t> step, tokens;
   double weight = 0.0;
-  /// Implied decay of the update that led to this checkpoint; nothing for the oldest, and for weights that are no
-  /// decay (see is_decay).
+  /// Implied decay of the update that led to this checkpoint, from the weights divided by their sum; nothing for the
+  /// oldest, and where a weight is negative.
   std::optional<double> decay;
 };
 
@@ -23,14 +23,17 @@ struct MergeReport {
   std::vector<MergedCheckpoint> checkpoints;
   std::uint64_t tensors = 0, elements = 0;
   std::uint64_t bytes_read = 0, bytes_written = 0;  // of tensors
-  double seconds = 0.0;
+  double seconds = 0.0;                             // in all
+  double open_seconds = 0.0;                        // of it: opening and verifying the inputs
+  double average_seconds = 0.0;  // of it: reading and averaging them, and handing the result to the system
 };
 
 /// A row as merge.json and `kiln merge --json` write it: path, step, tokens, weight, decay; null for what is unknown.
 Json to_json(const MergedCheckpoint& row);
 Json to_json(const MergeReport& report);
 
-/// The table that `kiln merge` prints: checkpoint, step, weight, implied decay; then totals. Ends with a newline.
+/// The table that `kiln merge` prints: checkpoint, step, weight, implied decay; a note where the weights do not sum to
+/// 1, which scales the model; then totals. Ends with a newline.
 std::string merge_table(const MergeReport& report);
 
 }  // namespace kiln

@@ -52,18 +52,18 @@ struct KeyRow {
   Setter set;
 };
 
-const std::array<KeyRow, 14> kKeys{{
+const std::array<KeyRow, 15> kKeys{{
     {{"checkpoints", MergeKeyKind::positional, "checkpoint directories, or a run's directory of snapshots"},
      [](MergeRequest& r, const Words& w) { r.checkpoints = w; }},
-    {{"method", MergeKeyKind::value, "sma, wma, ema, ema-closed, schedule or custom (default sma)"},
+    {{"method", MergeKeyKind::value, "sma, wma, ema, ema-closed, schedule, qam or custom (default sma)"},
      [](MergeRequest& r, const Words& w) { r.options.weights.method = parse_merge_method(one(w)); }},
     {{"out", MergeKeyKind::value, "directory of the merged checkpoint"},
      [](MergeRequest& r, const Words& w) { r.options.output = one(w); }},
     {{"alpha", MergeKeyKind::value, "weight of the newest, for ema and ema-closed (default 0.1)"},
      [](MergeRequest& r, const Words& w) { r.options.weights.alpha = to_double(w); }},
-    {{"shape", MergeKeyKind::value, "decay to replay, for schedule: linear, cosine or 1-sqrt (default linear)"},
+    {{"shape", MergeKeyKind::value, "decay to replay, for schedule and qam: linear, cosine or 1-sqrt (default linear)"},
      [](MergeRequest& r, const Words& w) { r.options.weights.shape = parse_decay_shape(one(w)); }},
-    {{"final_ratio", MergeKeyKind::value, "where the decay ends, for schedule (default 0)"},
+    {{"final_ratio", MergeKeyKind::value, "where the decay ends, for schedule and qam (default 0)"},
      [](MergeRequest& r, const Words& w) { r.options.weights.final_ratio = to_double(w); }},
     {{"decay", MergeKeyKind::list, "decay factors of the N-1 updates, instead of a shape"},
      [](MergeRequest& r, const Words& w) { r.options.weights.decay = to_doubles(w); }},
@@ -77,6 +77,8 @@ const std::array<KeyRow, 14> kKeys{{
      [](MergeRequest& r, const Words& w) { r.every = to_count(w); }},
     {{"dtype", MergeKeyKind::value, "of the merged weights: fp32, bf16 or same (default fp32)"},
      [](MergeRequest& r, const Words& w) { r.options.dtype = parse_merge_dtype(one(w)); }},
+    {{"optimizer_state", MergeKeyKind::value, "reset, keep-last or average (default reset)"},
+     [](MergeRequest& r, const Words& w) { r.options.optimizer_state = parse_optimizer_state_merge(one(w)); }},
     {{"verify", MergeKeyKind::no_flag, "check the manifests' hashes"},
      [](MergeRequest& r, const Words& w) { r.options.verify = to_bool(w); }},
     {{"keep_order", MergeKeyKind::flag, "take the order given as oldest first, whatever the steps say"},
@@ -113,8 +115,8 @@ WeightOptions resolve_weights(WeightOptions weights) {
           "weights are given beside method {}; leave one of them out", to_string(weights.method));
     weights.method = MergeMethod::custom;
   }
-  check(weights.decay.empty() || weights.method == MergeMethod::schedule,
-        "decay factors are given for method {}; use method schedule", to_string(weights.method));
+  check(weights.decay.empty() || weights.method == MergeMethod::schedule || weights.method == MergeMethod::qam,
+        "decay factors are given for method {}; use method schedule or qam", to_string(weights.method));
   return weights;
 }
 

@@ -2,24 +2,25 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <bit>
 #include <chrono>
-#include <cmath>
 
 #include "base/error.h"
-#include "core/parallel.h"
-#include "core/tensor.h"
 #include "io/checkpoint.h"
-#include "merge/inputs.h"
+#include "merge/write_averages.h"
 
 namespace kiln {
 namespace {
 
 namespace fs = std::filesystem;
 
-// Elements that a thread sums at a time: two fp64 blocks stay in its first-level cache.
-constexpr std::size_t kBlock = 2048;
+/// Seconds since it was made.
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
 
 // What transformers keeps beside the weights, and the SentencePiece model.
 constexpr std::array<const char*, 9> kCopiedFiles{"tokenizer.model",
@@ -31,96 +32,6 @@ constexpr std::array<const char*, 9> kCopiedFiles{"tokenizer.model",
                                                   "vocab.json",
                                                   "merges.txt",
                                                   "generation_config.json"};
-
-/// fp64 to fp32, rounded to odd: a second rounding to 22 bits or fewer then equals one rounding of the fp64
-/// (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
-float round_to_odd(double value) {
-  const auto nearest = static_cast<float>(value);
-  if (static_cast<double>(nearest) == value || std::isnan(value)) return nearest;
-  auto bits = std::bit_cast<std::uint32_t>(nearest);
-  if (std::fabs(static_cast<double>(nearest)) > std::fabs(value)) --bits;  // towards zero
-  return std::bit_cast<float>(bits | 1u);
-}
-
-template <typename T>
-T round_to(double value) {
-  if constexpr (std::is_same_v<T, bfloat16>)
-    return round_to_bfloat16(value);
-  else if constexpr (std::is_same_v<T, float16>)
-    return round_to_float16(value);
-  else
-    return static_cast<T>(value);
-}
-
-bool is_finite(float value) { return std::isfinite(value); }
-bool is_finite(double value) { return std::isfinite(value); }
-bool is_finite(bfloat16 value) { return std::isfinite(to_float(value)); }
-bool is_finite(float16 value) { return std::isfinite(to_float(value)); }
-
-/// The switch from an output dtype to its storage type.
-template <typename F>
-decltype(auto) visit_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32:
-      return f.template operator()<float>();
-    case DType::f64:
-      return f.template operator()<double>();
-    case DType::bf16:
-      return f.template operator()<bfloat16>();
-    case DType::f16:
-      return f.template operator()<float16>();
-    default:
-      break;
-  }
-  fail(ExitCode::usage, "a merge cannot be written as {}; use fp32 or bf16", to_string(dtype));
-}
-
-/// One tensor in every input.
-using Sources = std::vector<ModelTensors::Source>;
-
-/// out[k] = round(sum_i w_i x_i[first + k]); false when a result is not finite. At most kBlock elements.
-template <typename T>
-bool average_block(const Sources& sources, std::span<const double> weights, std::uint64_t first, std::span<T> out) {
-  std::array<double, kBlock> sum, x;
-  std::fill_n(sum.begin(), out.size(), 0.0);
-  for (std::size_t i = 0; i < sources.size(); ++i) {
-    sources[i].file->read_floats(*sources[i].entry, first, std::span<double>(x.data(), out.size()));
-    for (std::size_t k = 0; k < out.size(); ++k) sum[k] += weights[i] * x[k];
-  }
-  bool finite = true;
-  for (std::size_t k = 0; k < out.size(); ++k) {
-    out[k] = round_to<T>(sum[k]);
-    finite = finite && is_finite(out[k]);
-  }
-  return finite;
-}
-
-/// average_block over a chunk, on all threads. The sum of one element never depends on the split.
-template <typename T>
-bool average_chunk(const Sources& sources, std::span<const double> weights, std::uint64_t first, std::span<T> out) {
-  std::atomic<bool> finite = true;
-  parallel_for(static_cast<std::int64_t>(out.size()), kBlock, [&](std::int64_t begin, std::int64_t end) {
-    for (auto at = static_cast<std::size_t>(begin); at < static_cast<std::size_t>(end); at += kBlock) {
-      const std::size_t count = std::min(kBlock, static_cast<std::size_t>(end) - at);
-      if (!average_block(sources, weights, first + at, out.subspan(at, count))) finite = false;
-    }
-  });
-  return finite;
-}
-
-/// Says which input made elements [first, first + count) of the average infinite or NaN.
-[[noreturn]] void fail_not_finite(const Sources& sources, std::uint64_t first, std::size_t count, DType out) {
-  std::vector<double> x(count);
-  for (const ModelTensors::Source& source : sources) {
-    source.file->read_floats(*source.entry, first, std::span<double>(x));
-    const auto bad = std::find_if(x.begin(), x.end(), [](double value) { return !std::isfinite(value); });
-    if (bad == x.end()) continue;
-    fail(ExitCode::data, "{}: tensor '{}' holds {} at element {}, and finite weights are expected; leave it out",
-         source.file->path().string(), source.entry->name, *bad, first + static_cast<std::uint64_t>(bad - x.begin()));
-  }
-  fail(ExitCode::data, "the average of tensor '{}' overflows {} in elements {} to {}; choose a wider --dtype",
-       sources.front().entry->name, to_string(out), first, first + count - 1);
-}
 
 DType output_dtype(MergeDtype wanted, DType input) {
   switch (wanted) {
@@ -141,35 +52,24 @@ std::vector<SafetensorsWriter::Item> output_items(const ModelTensors& model, Mer
   return items;
 }
 
-void average_tensor(const SafetensorsWriter::Item& item, const Sources& sources, std::span<const double> weights,
-                    const Buffer& chunk, std::size_t chunk_elements, SafetensorsWriter& writer) {
-  std::uint64_t elements = 1;
-  for (const std::int64_t size : item.shape) elements *= static_cast<std::uint64_t>(size);
-  for (std::uint64_t first = 0; first < elements; first += chunk_elements) {
-    const auto count = static_cast<std::size_t>(std::min<std::uint64_t>(chunk_elements, elements - first));
-    const bool finite = visit_storage(item.dtype, [&]<typename T>() {
-      return average_chunk(sources, weights, first, std::span<T>(reinterpret_cast<T*>(chunk.data()), count));
-    });
-    if (!finite) fail_not_finite(sources, first, count, item.dtype);
-    writer.append({chunk.data(), count * size_of(item.dtype)});
-  }
-}
-
 void write_model(const fs::path& path, const std::vector<MergeInput>& inputs, std::span<const double> weights,
                  const MergeOptions& options, MergeReport& report) {
-  SafetensorsWriter writer(path, output_items(*inputs.front().model, options.dtype));
-  const Buffer chunk(options.chunk_elements * sizeof(double), "chunk of the merge");
-  for (const SafetensorsWriter::Item& item : writer.layout()) {
-    Sources sources;
-    for (const MergeInput& input : inputs) sources.push_back(input.model->all().at(item.name));
-    average_tensor(item, sources, weights, chunk, options.chunk_elements, writer);
-    const SafetensorEntry& entry = *sources.front().entry;
+  const std::vector<SafetensorsWriter::Item> items = output_items(*inputs.front().model, options.dtype);
+  std::map<std::string, Sources> sources;
+  for (const SafetensorsWriter::Item& item : items) {
+    Sources& tensor = sources[item.name];
+    for (const MergeInput& input : inputs) tensor.push_back(input.model->all().at(item.name));
+    const SafetensorEntry& entry = *tensor.front().entry;
     const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
     report.tensors += 1;
     report.elements += elements;
     report.bytes_read += (entry.end - entry.begin) * inputs.size();
     report.bytes_written += elements * size_of(item.dtype);
   }
+  const Stopwatch watch;
+  SafetensorsWriter writer(path, items);
+  write_averages(writer, sources, weights, options.chunk_elements);
+  report.average_seconds = watch.seconds();
   writer.finish();
 }
 
@@ -189,6 +89,7 @@ Json method_json(const WeightOptions& options) {
 Json provenance(const std::vector<MergeInput>& inputs, const MergeOptions& options, const MergeReport& report) {
   Json json = method_json(options.weights);
   json["dtype"] = options.dtype == MergeDtype::same ? "same" : options.dtype == MergeDtype::bf16 ? "bf16" : "fp32";
+  json["optimizer_state"] = to_string(options.optimizer_state);
   json["verified"] = options.verify;
   json["checkpoints"] = Json::array();
   for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -245,7 +146,7 @@ fs::path checked_output(const MergeOptions& options, const std::vector<fs::path>
 
 MergeReport plan_report(const std::vector<MergeInput>& inputs, std::span<const double> weights) {
   MergeReport report;
-  const std::vector<double> decay = is_decay(weights) ? decay_of_weights(weights) : std::vector<double>{};
+  const std::vector<double> decay = implied_decay(weights);
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     MergedCheckpoint row{inputs[i].directory, inputs[i].step, inputs[i].tokens, weights[i], std::nullopt};
     if (i > 0 && !decay.empty()) row.decay = decay[i - 1];
@@ -263,28 +164,28 @@ MergeDtype parse_merge_dtype(std::string_view name) {
   fail(ExitCode::usage, "dtype '{}' does not exist for a merge; use one of fp32, bf16, same", name);
 }
 
-bfloat16 round_to_bfloat16(double value) { return to_bfloat16(round_to_odd(value)); }
-float16 round_to_float16(double value) { return to_float16(round_to_odd(value)); }
-
 OutOfOrder order_policy(const MergeOptions& options) {
   if (options.keep_order) return OutOfOrder::keep;
   return options.weights.method == MergeMethod::custom ? OutOfOrder::refuse : OutOfOrder::sort_and_warn;
 }
 
 MergeReport merge_checkpoints(const MergeOptions& options) {
-  const auto start = std::chrono::steady_clock::now();
+  const Stopwatch watch;
   check(options.chunk_elements > 0, "chunk_elements is 0; give 1 or more");
   const std::vector<fs::path> directories = order_checkpoints(options.inputs, order_policy(options));
   const std::vector<double> weights = merge_weights(options.weights, directories.size());
   const fs::path output = checked_output(options, directories);
   const std::vector<MergeInput> inputs = open_inputs(directories, options.verify);
+  const OptimizerFiles states = open_optimizer_files(inputs, newest(inputs), weights, options.optimizer_state);
   MergeReport report = plan_report(inputs, weights);
+  report.open_seconds = watch.seconds();
 
   CheckpointWriter writer(output);
   write_model(writer.directory() / "model.safetensors", inputs, weights, options, report);
+  write_optimizer_files(writer, states, weights, options.chunk_elements);
   write_side_files(writer, inputs, options, report);
   writer.commit();
-  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  report.seconds = watch.seconds();
   return report;
 }
 

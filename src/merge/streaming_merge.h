@@ -6,6 +6,7 @@
 #include "core/dtype.h"
 #include "merge/inputs.h"
 #include "merge/merge_report.h"
+#include "merge/optimizer_merge.h"
 #include "merge/weights.h"
 
 namespace kiln {
@@ -21,19 +22,20 @@ struct MergeOptions {
   std::filesystem::path output;
   WeightOptions weights;
   MergeDtype dtype = MergeDtype::fp32;
-  bool verify = true;       // hashes by manifest; sizes are always checked
-  bool keep_order = false;  // the order given is oldest first, whatever the steps say
-  std::size_t chunk_elements = std::size_t{1} << 20;
+  bool verify = true;  // hashes by manifest; sizes are always checked
+  OptimizerStateMerge optimizer_state = OptimizerStateMerge::reset;
+  bool keep_order = false;                            // the order given is oldest first, whatever the steps say
+  std::size_t chunk_elements = std::size_t{1} << 18;  // of one thread
 };
 
 /// Writes the weighted average of checkpoints as one checkpoint: model.safetensors, config.json and tokenizer files of
-/// the newest, its state.json with `merged_from`, merge.json (inputs with hashes, steps and tokens; weights; implied
-/// decay) and a manifest.
+/// the newest, its state.json with `merged_from`, optimizer states as asked for, merge.json (inputs with hashes, steps
+/// and tokens; weights; implied decay) and a manifest. With optimizer states a run can resume from it.
 ///
 /// Everything is verified before a byte is written (open_inputs). Tensors are then streamed in chunks: y = sum_i w_i
-/// x_i is accumulated in fp64, oldest first, and rounded once, to nearest even. Memory: one chunk of output, beside
-/// pages of the mapped inputs that the system may drop at will. The result depends on neither chunk size,
-/// threads nor processor.
+/// x_i is accumulated in fp64, oldest first, and rounded once, to nearest even (average.h). Memory: for each thread one
+/// chunk of output. The result depends on neither chunk size, threads nor
+/// processor.
 ///
 /// error  usage: options, an output that exists and is no merge; data: inputs that are torn, mixed or not finite;
 ///        resource: disk full. Nothing is left at `output` then, and an older merge there still stands.
@@ -41,9 +43,5 @@ MergeReport merge_checkpoints(const MergeOptions& options);
 
 /// Sorting, unless the order is to be kept; but custom weights belong to the checkpoints in the order given.
 OutOfOrder order_policy(const MergeOptions& options);
-
-/// fp64 to storage with one rounding, to nearest even (through fp32 it would be two). Overflow gives infinity.
-bfloat16 round_to_bfloat16(double value);
-float16 round_to_float16(double value);
 
 }  // namespace kiln

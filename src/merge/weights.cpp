@@ -16,11 +16,12 @@ namespace {
 // Rounding of a sum of thousands of weights stays far below this; a real mistake lies far above.
 constexpr double kTolerance = 1e-9;
 
-constexpr std::array<std::pair<MergeMethod, std::string_view>, 6> kMethods{{{MergeMethod::sma, "sma"},
+constexpr std::array<std::pair<MergeMethod, std::string_view>, 7> kMethods{{{MergeMethod::sma, "sma"},
                                                                             {MergeMethod::wma, "wma"},
                                                                             {MergeMethod::ema, "ema"},
                                                                             {MergeMethod::ema_closed, "ema-closed"},
                                                                             {MergeMethod::schedule, "schedule"},
+                                                                            {MergeMethod::qam, "qam"},
                                                                             {MergeMethod::custom, "custom"}}};
 template <typename Table, typename Value>
 std::string_view name_of(const Table& table, Value value) {
@@ -60,11 +61,22 @@ std::vector<double> ema_weights(const WeightOptions& options, std::size_t count)
   return weights;
 }
 
-std::vector<double> schedule_weights(const WeightOptions& options, std::size_t count) {
-  if (options.decay.empty()) return weights_of_decay(decay_factors(options.shape, count - 1, options.final_ratio));
+std::vector<double> decay_of_options(const WeightOptions& options, std::size_t count) {
+  if (options.decay.empty()) return decay_factors(options.shape, count - 1, options.final_ratio);
   check(options.decay.size() == count - 1, "{} decay factors for {} checkpoints; give {}, one for each recorded update",
         options.decay.size(), count, count - 1);
-  return weights_of_decay(options.decay);
+  return options.decay;
+}
+
+/// Written so that NaN fails too.
+void check_decay(std::span<const double> decay) {
+  double previous = 1.0;
+  for (std::size_t j = 0; j < decay.size(); ++j) {
+    check(decay[j] >= -kTolerance && decay[j] <= previous + kTolerance,
+          "decay factor {} is {} after {}; give factors that fall from at most 1 to at least 0", j + 1, decay[j],
+          previous);
+    previous = decay[j];
+  }
 }
 
 std::vector<double> custom_weights(const WeightOptions& options, std::size_t count) {
@@ -97,7 +109,9 @@ std::vector<double> merge_weights(const WeightOptions& options, std::size_t coun
     case MergeMethod::ema_closed:
       return ema_weights(options, count);
     case MergeMethod::schedule:
-      return schedule_weights(options, count);
+      return weights_of_decay(decay_of_options(options, count));
+    case MergeMethod::qam:
+      return qam_weights(decay_of_options(options, count));
     case MergeMethod::custom:
       return custom_weights(options, count);
   }
@@ -115,17 +129,26 @@ std::vector<double> decay_factors(DecayShape shape, std::size_t updates, double 
 }
 
 std::vector<double> weights_of_decay(std::span<const double> decay) {
+  check_decay(decay);
   std::vector<double> weights;
   double previous = 1.0;
-  for (std::size_t j = 0; j < decay.size(); ++j) {
-    // Written so that NaN fails too.
-    check(decay[j] >= -kTolerance && decay[j] <= previous + kTolerance,
-          "decay factor {} is {} after {}; give factors that fall from at most 1 to at least 0", j + 1, decay[j],
-          previous);
-    weights.push_back(previous - decay[j]);
-    previous = decay[j];
+  for (const double factor : decay) {
+    weights.push_back(previous - factor);
+    previous = factor;
   }
   weights.push_back(previous);
+  return weights;
+}
+
+std::vector<double> qam_weights(std::span<const double> decay) {
+  check_decay(decay);
+  std::vector<double> weights{1.0};
+  for (const double factor : decay) {  // times 1 - w + w t: a convex mix, so nothing cancels
+    weights.push_back(factor * weights.back());
+    for (std::size_t k = weights.size() - 2; k > 0; --k)
+      weights[k] = (1.0 - factor) * weights[k] + factor * weights[k - 1];
+    weights[0] *= 1.0 - factor;
+  }
   return weights;
 }
 
@@ -141,6 +164,13 @@ std::vector<double> decay_of_weights(std::span<const double> weights) {
   double tail = 0.0;
   for (std::size_t j = decay.size(); j > 0; --j) decay[j - 1] = tail += weights[j];
   return decay;
+}
+
+std::vector<double> implied_decay(std::span<const double> weights) {
+  std::vector<double> scaled(weights.begin(), weights.end());
+  const double sum = total(weights);
+  for (double& weight : scaled) weight /= sum;
+  return is_decay(scaled) ? decay_of_weights(scaled) : std::vector<double>{};
 }
 
 }  // namespace kiln

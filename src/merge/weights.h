@@ -15,7 +15,8 @@ enum class MergeMethod {
   wma,         ///< w_i proportional to i, i = 1 oldest
   ema,         ///< M(i) = a M_i + (1-a) M(i-1), M(1) = M_1: the oldest keeps (1-a)^(N-1)
   ema_closed,  ///< w_i = a (1-a)^(N-i); sums to 1 - (1-a)^N unless normalised
-  schedule,    ///< the weights that replay a learning-rate decay
+  schedule,    ///< the weights that replay a learning-rate decay (weights_of_decay)
+  qam,         ///< the same decay, corrected for gradients that change with the weights (qam_weights)
   custom,      ///< given weights
 };
 
@@ -26,9 +27,9 @@ MergeMethod parse_merge_method(std::string_view name);
 struct WeightOptions {
   MergeMethod method = MergeMethod::sma;
   double alpha = 0.1;                     // ema, ema_closed: (0, 1]
-  DecayShape shape = DecayShape::linear;  // schedule
-  double final_ratio = 0.0;               // schedule: [0, 1), where the decay ends
-  std::vector<double> decay = {};         // schedule: N - 1 factors instead of a shape
+  DecayShape shape = DecayShape::linear;  // schedule, qam
+  double final_ratio = 0.0;               // schedule, qam: [0, 1), where the decay ends
+  std::vector<double> decay = {};         // schedule, qam: N - 1 factors instead of a shape
   std::vector<double> custom = {};        // custom: N weights, oldest first
   bool normalise = true;                  // ema_closed, custom: divide by the sum
 };
@@ -54,6 +55,18 @@ std::vector<double> weights_of_decay(std::span<const double> decay);
 /// out    decay [n]
 /// error  usage: no weight, a negative one, or a sum other than 1
 std::vector<double> decay_of_weights(std::span<const double> weights);
+
+/// The decay of the recorded updates that weights imply once they are divided by their sum (an EMA's closed form sums
+/// to less than 1); empty where a weight is negative, which no decay explains.
+std::vector<double> implied_decay(std::span<const double> weights);
+
+/// A decay as checkpoint weights when every update would be computed anew at the state that the decay has reached,
+/// where weights_of_decay scales updates as they were recorded. With A the map of one recorded update, a gradient step
+/// on a quadratic, the decayed steps are prod_j ((1 - w_j) I + w_j A): its coefficient of A^k is the weight of
+/// checkpoint k. Exact for gradient descent on a quadratic with a checkpoint after every step. in     decay [n], 1 >=
+/// w_1 >= ... >= w_n >= 0 out    weights [n + 1], oldest first: coefficients of prod_j (1 - w_j + w_j t), non-negative,
+/// sum 1 error  usage: a factor that is out of range or above its predecessor
+std::vector<double> qam_weights(std::span<const double> decay);
 
 /// Whether decay_of_weights takes them: non-negative, sum 1 to 1e-9.
 bool is_decay(std::span<const double> weights);

@@ -63,6 +63,16 @@ T row_max(const T* s, std::int64_t n) {
   return total;
 }
 
+template <typename T>
+T dot(const T* a, const T* b, std::int64_t n) {
+  simd::Vector<T> sum{};
+  std::int64_t j = 0;
+  for (; j + simd::kLanes<T> <= n; j += simd::kLanes<T>) sum += simd::load(a + j) * simd::load(b + j);
+  T total = simd::reduce_sum<T>(sum);
+  for (; j < n; ++j) total += a[j] * b[j];
+  return total;
+}
+
 /// One head of one sequence: queries, keys and values with their row strides.
 template <typename T>
 struct HeadView {
@@ -256,9 +266,8 @@ struct TileGradient {
     const std::int64_t visible = first + i + 1;
     T *prow = p + i * keys, *drow = dp + i * keys;
     exp_row(prow, visible, head.scale, lse[i * lse_stride]);
-    T delta = 0;
-    for (std::int64_t d = 0; d < head.dim; ++d) delta += out[i * out_stride + d] * dout[i * out_stride + d];
-    for (std::int64_t j = 0; j < visible; ++j) drow[j] = head.scale * prow[j] * (drow[j] - delta);
+    const T delta = dot(out + i * out_stride, dout + i * out_stride, head.dim), scale = head.scale;
+    for (std::int64_t j = 0; j < visible; ++j) drow[j] = scale * prow[j] * (drow[j] - delta);
     std::fill(prow + visible, prow + keys, T(0));
     std::fill(drow + visible, drow + keys, T(0));
   }

@@ -11,6 +11,7 @@
 #include "base/files.h"
 #include "base/text.h"
 #include "report/plot.h"
+#include "report/prediction_section.h"
 #include "report/svg.h"
 
 namespace kiln {
@@ -36,8 +37,8 @@ h2 { font-size: 18px; margin: 36px 0 12px; }
 p { margin: 0 0 12px; color: var(--muted); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--muted); font-weight: 500; font-size: 13px; vertical-align: bottom; }
+th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--muted); font-weight: 500; font-size: 13px; vertical-align: bottom; white-space: normal; }
 th.text, td.text { text-align: left; }
 td.best { color: var(--best); font-weight: 600; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
@@ -265,6 +266,7 @@ std::string html_report(const std::string& title, std::vector<RunData> runs) {
       "time</label>\n";
   out += "<div class=\"figures tokens\">\n" + figures(runs, token_clock(runs)) + "</div>\n";
   out += "<div class=\"figures time\">\n" + figures(runs, time_clock(runs)) + "</div>\n</div>\n";
+  out += prediction_section(runs);
   out += "<h2>Configurations</h2>\n";
   for (const RunData& run : runs)
     out += fmt::format("<details><summary>{}</summary><pre>{}</pre></details>\n", escape_xml(run.name),

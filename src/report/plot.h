@@ -55,4 +55,17 @@ struct BarOptions {
 /// bar without parts.
 std::string svg_bars(const BarOptions& options, const std::vector<Bar>& bars);
 
+/// Differences to a reference over two choices. Below zero is better, and blue; above is orange.
+struct HeatMap {
+  std::string title{}, subtitle{};
+  std::string row_label{}, column_label{};
+  std::vector<std::string> rows{}, columns{};
+  std::vector<double> values{};  ///< row by row; not finite: an empty cell
+  int width = 640;
+};
+
+/// Cells with their values, coloured by size up to the best one's. A usage Error when there are not as many values as
+/// cells.
+std::string svg_heat_map(const HeatMap& map);
+
 }  // namespace kiln

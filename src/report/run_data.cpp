@@ -89,6 +89,14 @@ std::string directory_name(const std::filesystem::path& dir) {
   return (clean.has_filename() ? clean : clean.parent_path()).filename().string();
 }
 
+void read_anneals(RunData& run) {
+  if (!std::filesystem::is_directory(run.dir / "anneals")) return;
+  for (const auto& entry : std::filesystem::directory_iterator(run.dir / "anneals"))
+    if (std::filesystem::exists(entry.path() / "metrics.jsonl"))
+      run.anneals.push_back({entry.path().filename().string(), read_metrics(entry.path() / "metrics.jsonl")});
+  std::sort(run.anneals.begin(), run.anneals.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+}
+
 }  // namespace
 
 RunData load_run(const std::filesystem::path& dir) {
@@ -99,6 +107,8 @@ RunData load_run(const std::filesystem::path& dir) {
   if (std::filesystem::exists(dir / "config.yaml")) run.config = read_text(dir / "config.yaml");
   run.optimizer = optimizer_in(run.config);
   read_summary(run);
+  if (std::filesystem::exists(dir / "prediction.json")) run.prediction = read_json(dir / "prediction.json");
+  read_anneals(run);
   for (auto m = run.metrics.rbegin(); m != run.metrics.rend() && !run.final_valid_loss; ++m)
     run.final_valid_loss = m->valid_loss;
   if (!run.tokens_per_s) run.tokens_per_s = median_speed(run.metrics);

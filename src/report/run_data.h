@@ -5,11 +5,19 @@
 #include <string>
 #include <vector>
 
+#include "base/json.h"
 #include "report/metrics.h"
 
 namespace kiln {
 
-/// What a run directory holds: metrics.jsonl, and where present config.yaml (as text) and summary.json.
+/// A real anneal that branched off a run.
+struct AnnealData {
+  std::string name{};  ///< of its directory
+  std::vector<StepMetrics> metrics{};
+};
+
+/// What a run directory holds: metrics.jsonl, and where present config.yaml (as text), summary.json, prediction.json
+/// and anneals/.
 struct RunData {
   std::filesystem::path dir{};
   std::string name{};       ///< of summary.json, otherwise the directory's
@@ -22,6 +30,8 @@ struct RunData {
   std::optional<double> state_bytes{};        ///< of the optimizer
   std::optional<double> tokens_per_s{};       ///< of summary.json, otherwise the median of the metrics
   std::optional<double> parameters{};
+  Json prediction{};  ///< null where nothing was predicted
+  std::vector<AnnealData> anneals{};
 };
 
 /// A data Error names the file and what is wrong with it; metrics.jsonl alone must exist.

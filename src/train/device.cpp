@@ -9,8 +9,16 @@ namespace kiln {
 
 #ifdef KILN_WITH_CUDA
 bool cuda_device_present() { return cuda::device_count() > 0; }
+
+DeviceInfo cuda_info() {
+  return {.compiled = true,
+          .runtime = cuda::runtime_version(),
+          .why_none = cuda::why_no_device(),
+          .devices = cuda::device_names()};
+}
 #else
 bool cuda_device_present() { return false; }
+DeviceInfo cuda_info() { return {}; }
 #endif
 
 Device parse_device(std::string_view name) {

@@ -1,5 +1,7 @@
 #pragma once
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "graph/backend.h"
 #include "model/llama.h"
@@ -9,6 +11,14 @@ namespace kiln {
 
 /// Whether this build and machine have a CUDA device.
 bool cuda_device_present();
+
+/// What CUDA finds here.
+struct DeviceInfo {
+  bool compiled = false;
+  std::string runtime, why_none;
+  std::vector<std::string> devices;  // names
+};
+DeviceInfo cuda_info();
 
 /// "auto", "cpu" or "cuda"; a usage Error otherwise.
 Device parse_device(std::string_view name);

@@ -96,4 +96,10 @@ RunPosition load_checkpoint(const std::filesystem::path& directory, const RunSta
   return at;
 }
 
+bool load_states(const std::filesystem::path& directory, const OptimizerStates& states) {
+  if (!std::filesystem::exists(directory / kOptimizerFile)) return false;
+  read_states(directory / kOptimizerFile, states);
+  return true;
+}
+
 }  // namespace kiln

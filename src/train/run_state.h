@@ -34,4 +34,10 @@ void save_snapshot(const std::filesystem::path& directory, const RunState& state
 /// checkpoint is torn, or belongs to another model, optimizer or configuration of states.
 RunPosition load_checkpoint(const std::filesystem::path& directory, const RunState& state);
 
+/// Fills states from a directory that holds some, as a merge with `optimizer_state: keep-last` does, for a run that
+/// starts from its weights; false when it holds none. Bias correction counts from the new run's first step and not from
+/// theirs, so that Adam's first updates are the smaller, by sqrt(1-b2^t)/(1-b1^t): a warm-up of its own.
+/// A data Error as load_checkpoint's.
+bool load_states(const std::filesystem::path& directory, const OptimizerStates& states);
+
 }  // namespace kiln

@@ -47,8 +47,11 @@ TEST_CASE("ranks resume bitwise, and an error on the ranks ends the launch with 
   const Outcome same = at("cmp DIR/whole/step_00000020/model.safetensors DIR/run/step_00000020/model.safetensors");
   INFO(same.text);
   CHECK(same.code == 0);
-  CHECK(at(launch(5) + "train DIR/c.yaml").code == 2);
-  CHECK(at(train + "data.train=DIR/none").code == 3);
+  const Outcome uneven = at(launch(5) + "train DIR/c.yaml"), missing = at(train + "data.train=DIR/none");
+  CHECK(uneven.code == 2);
+  CHECK_THAT(uneven.text, ContainsSubstring("batch.sequences: 12 do not divide over 5 ranks"));
+  CHECK(missing.code == 3);
+  CHECK_THAT(missing.text, ContainsSubstring("no file matches"));
 }
 
 }  // namespace

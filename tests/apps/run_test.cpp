@@ -39,6 +39,66 @@ TEST_CASE("train, merge, evaluate, generate, export and report work on one anoth
   CHECK(at("KILN generate DIR/merged --prompt x").code == 3);  // no tokenizer in it
 }
 
+TEST_CASE("predict tells the annealed loss, checks it with a real anneal, and learns from the error") {
+  const Workspace at;
+  REQUIRE(at("KILN train DIR/c.yaml snapshots.every=2 checkpoint.keep=0 schedule.final_ratio=0 --quiet").code == 0);
+  const Outcome plain = at("KILN predict DIR/run --json");
+  INFO(plain.text);
+  REQUIRE(plain.code == 0);
+  CHECK(Json::parse(plain.text).at("annealed_loss").is_null());
+  CHECK(Json::parse(plain.text).at("anneal").at("begin") == 44);  // the snapshot nearest to 45
+  REQUIRE(at("KILN predict DIR/run --anneal-check --end 30 --share 0.2 --quiet").code == 0);
+  const Outcome checked = at("KILN predict DIR/run --anneal-check");
+  INFO(checked.text);
+  REQUIRE(checked.code == 0);
+  CHECK_THAT(checked.text, ContainsSubstring("the real anneal reached") && ContainsSubstring("1 earlier anneal"));
+  const Json prediction = read_json(at.dir / "run/prediction.json");
+  CHECK(prediction.at("anneal").at("begin") == 45);
+  CHECK(prediction.at("checks") == 1);
+  // Its loss is that of the anneal's own last validation, on the same sequences.
+  const fs::path anneal = at.dir / "run/anneals/linear_0_00000045_00000050";
+  CHECK(prediction.at("annealed_loss").get<double>() ==
+        Approx(read_metrics(anneal / "metrics.jsonl").back().valid_loss.value()).epsilon(1e-6));
+  CHECK(read_metrics(anneal / "metrics.jsonl").back().lr == 0.0);
+  CHECK(fs::is_regular_file(anneal / "check.json"));
+  CHECK_THAT(read_text(at.dir / "run/prediction.html"), ContainsSubstring("Predicted anneals"));
+}
+
+TEST_CASE("predict names what a run lacks") {
+  const Workspace at;
+  CHECK(at("KILN predict DIR/run").code == 2);  // no run
+  REQUIRE(at("KILN train DIR/c.yaml --quiet").code == 0);
+  const Outcome none = at("KILN predict DIR/run");
+  CHECK(none.code == 3);
+  CHECK_THAT(none.text, ContainsSubstring("holds 0 snapshots of a constant learning rate"));
+  REQUIRE(at("KILN train DIR/c.yaml snapshots.every=10 --resume none --quiet").code == 0);
+  const Outcome end = at("KILN predict DIR/run --end 25");
+  CHECK(end.code == 2);
+  CHECK_THAT(end.text, ContainsSubstring("step 25 has no snapshot; the nearest before is 20"));
+  CHECK_THAT(at("KILN predict --help").text, ContainsSubstring("Example:"));
+}
+
+TEST_CASE("a run starts or goes on from a merge that holds optimizer states") {
+  const Workspace at;
+  REQUIRE(at("KILN train DIR/c.yaml checkpoint.keep=0 optimizer.kind=adamw --quiet").code == 0);
+  for (const std::string merge : {"reset", "keep-last", "average"})
+    REQUIRE(
+        at("KILN merge DIR/run/step_0000004* DIR/run/step_00000050 --out DIR/" + merge + " --optimizer-state " + merge)
+            .code == 0);
+  CHECK_THAT(at("KILN train DIR/c.yaml optimizer.kind=adamw run.dir=DIR/a --init-from DIR/average").text,
+             ContainsSubstring("optimizer states of"));
+  CHECK_THAT(at("KILN train DIR/c.yaml optimizer.kind=adamw run.dir=DIR/b --init-from DIR/reset").text,
+             !ContainsSubstring("optimizer states of"));
+  CHECK(losses(at.dir / "a").front() == losses(at.dir / "b").front());  // one model
+  CHECK(losses(at.dir / "a").back() != losses(at.dir / "b").back());    // other states
+  // With states and state.json a merge is a checkpoint of the run: step 51 follows.
+  REQUIRE(at("KILN train DIR/c.yaml optimizer.kind=adamw run.dir=DIR/c schedule.total_steps=55 --quiet "
+             "--resume DIR/keep-last")
+              .code == 0);
+  CHECK(read_metrics(at.dir / "c/metrics.jsonl").front().step == 51);
+  CHECK(at("KILN train DIR/c.yaml run.dir=DIR/d --init-from DIR/average --quiet").code == 3);  // Fira's states differ
+}
+
 TEST_CASE("compare trains each optimizer and writes table and plots") {
   const Workspace at;
   const Outcome outcome = at(

@@ -31,7 +31,9 @@ TEST_CASE("every key of a merge file is read") {
                                                           "checkpoints: [a, b]\nmethod: ema-closed\nout: c\n"
                                                           "alpha: 0.2\nshape: 1-sqrt\nfinal_ratio: 0.1\nlast: 5\n"
                                                           "every: 2\ndtype: same\nverify: false\nkeep_order: true\n"
-                                                          "normalise: false\nweights: [0.5, 0.5]\ndecay: [0.9]\n"));
+                                                          "normalise: false\nweights: [0.5, 0.5]\ndecay: [0.9]\n"
+                                                          "optimizer_state: keep-last\n"));
+  CHECK(request.options.optimizer_state == OptimizerStateMerge::keep_last);
   CHECK(request.checkpoints == std::vector<std::string>{"a", "b"});
   CHECK(request.last == 5);
   CHECK(request.every == 2);
@@ -56,7 +58,7 @@ TEST_CASE("faults of a merge file are shown by file, line and column") {
     CHECK_THROWS_WITH(read_merge_file(path), ContainsSubstring(what));
   };
   check_fault("out: c\n  \nmethdo: sma\n", ":3:1", "unknown key 'methdo'; the nearest is 'method'");
-  check_fault("out: c\nmethod: qam\n", ":2:1", "'qam' does not exist; use one of sma");
+  check_fault("out: c\nmethod: swa\n", ":2:1", "'swa' does not exist; use one of sma");
   check_fault("alpha: [1, 2]\n", ":1:1", "found 2 values");
   check_fault("alpha: 0.1x\n", ":1:1", "found '0.1x', expected a number");
   check_fault("last: -3\n", ":1:1", "expected a whole number");
@@ -110,7 +112,9 @@ TEST_CASE("lists of weights choose the method or contradict it") {
   set_merge_key(request, "method", {"ema"}, "--method");
   CHECK_THROWS_WITH(resolve_merge(request), ContainsSubstring("beside method ema"));
   request.options.weights = {.method = MergeMethod::sma, .decay = {0.5}};
-  CHECK_THROWS_WITH(resolve_merge(request), ContainsSubstring("use method schedule"));
+  CHECK_THROWS_WITH(resolve_merge(request), ContainsSubstring("use method schedule or qam"));
+  request.options.weights = {.method = MergeMethod::qam, .decay = {0.5}};
+  CHECK(resolve_merge(request).weights.decay == std::vector<double>{0.5});
   CHECK_THROWS_WITH(set_merge_key(request, "alpha", {"x"}, "--alpha"), ContainsSubstring("--alpha: "));
 }
 

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/parallel.h"
+#include "merge/average.h"
 #include "merge_fixture.h"
 
 using namespace kiln;
@@ -129,6 +130,27 @@ TEST_CASE("sharded directories merge with plain ones, in names, shapes and bits"
   CHECK(read_json(temp / "out" / "merge.json")["checkpoints"][0]["files"][0]["xxh3"] ==
         hash_file(temp / "checkpoint-1" / "model.safetensors"));
   CHECK(read_text(temp / "copy" / "model.safetensors") == read_text(temp / "checkpoint-2" / "model.safetensors"));
+}
+
+TEST_CASE("a tied head that is stored beside the embedding stays equal to it") {
+  const TempDirectory temp;
+  std::vector<fs::path> inputs;
+  for (const std::uint64_t step : {1u, 2u, 3u}) {
+    TestModel model = random_model(DType::f32, step);
+    model["lm_head.weight"] = model["model.embed_tokens.weight"];
+    inputs.push_back(temp / fmt::format("checkpoint-{}", step));
+    write_hf_directory(inputs.back(), model);
+  }
+  merge_checkpoints({.inputs = inputs, .output = temp / "out", .weights = {.method = MergeMethod::ema}});
+  CHECK(read_values(temp / "out", "lm_head.weight") == read_values(temp / "out", "model.embed_tokens.weight"));
+}
+
+TEST_CASE("the table notes weights that scale the model") {
+  const TempDirectory temp;
+  MergeOptions options{.inputs = write_three(temp, DType::f32), .output = temp / "out", .weights = {}};
+  CHECK_THAT(merge_table(merge_checkpoints(options)), !ContainsSubstring("the weights sum to"));
+  options.weights = {.method = MergeMethod::ema_closed, .normalise = false};
+  CHECK_THAT(merge_table(merge_checkpoints(options)), ContainsSubstring("the weights sum to 0.271"));
 }
 
 TEST_CASE("tied checkpoints have no lm_head, and neither has their merge") {

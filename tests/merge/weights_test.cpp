@@ -68,8 +68,8 @@ TEST_CASE("sma, wma, normalised closed ema and custom weights") {
 }
 
 TEST_CASE("one checkpoint keeps the whole weight, whatever the method") {
-  for (const MergeMethod method :
-       {MergeMethod::sma, MergeMethod::wma, MergeMethod::ema, MergeMethod::ema_closed, MergeMethod::schedule})
+  for (const MergeMethod method : {MergeMethod::sma, MergeMethod::wma, MergeMethod::ema, MergeMethod::ema_closed,
+                                   MergeMethod::schedule, MergeMethod::qam})
     check_equal(weights_of(method, 1), {1.0}, 1e-15);
 }
 
@@ -94,7 +94,8 @@ TEST_CASE("decay and weights round trip") {
         CHECK(total(weights) == Approx(1.0).epsilon(1e-12));
         check_equal(decay_of_weights(weights), decay, 1e-12);
       }
-  for (const MergeMethod method : {MergeMethod::sma, MergeMethod::wma, MergeMethod::ema, MergeMethod::ema_closed}) {
+  for (const MergeMethod method :
+       {MergeMethod::sma, MergeMethod::wma, MergeMethod::ema, MergeMethod::ema_closed, MergeMethod::qam}) {
     const std::vector<double> weights = weights_of(method, 50);
     check_equal(weights_of_decay(decay_of_weights(weights)), weights, 1e-12);
   }
@@ -134,7 +135,15 @@ TEST_CASE("names of methods and shapes") {
   for (const char* name : {"sma", "wma", "ema", "ema-closed", "schedule", "custom"})
     CHECK(to_string(parse_merge_method(name)) == name);
   for (const char* name : {"linear", "cosine", "1-sqrt"}) CHECK(to_string(parse_decay_shape(name)) == name);
-  CHECK_THROWS_WITH(parse_merge_method("qam"),
-                    ContainsSubstring("'qam' does not exist; use one of sma, wma, ema, ema-closed, schedule, custom"));
+  CHECK_THROWS_WITH(parse_merge_method("swa"),
+                    ContainsSubstring("'swa' does not exist; use one of sma, wma, ema, ema-closed, schedule, qam, "
+                                      "custom"));
   CHECK_THROWS_AS(parse_decay_shape("exp"), Error);
+}
+
+TEST_CASE("weights that do not sum to 1 imply the decay of those that do") {
+  const std::vector<double> closed =
+      merge_weights({.method = MergeMethod::ema_closed, .alpha = 0.1, .normalise = false}, 10);
+  check_equal(implied_decay(closed), decay_of_weights(weights_of(MergeMethod::ema_closed, 10)), 1e-14);
+  CHECK(implied_decay(std::vector<double>{-0.5, 1.5}).empty());
 }

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "catch.h"
+#include "core/parallel.h"
 #include "graph/parameter.h"
 #include "ops/attention.h"
 #include "ops/classifier.h"
@@ -210,7 +211,9 @@ std::vector<OpCase> cases() {
           swiglu_case(3, 5),
           swiglu_case(9, 37),
           classifier_case(9, 23, 6, 4),
-          classifier_case(7, 40, 5, 384)};
+          classifier_case(7, 40, 5, 384),
+          classifier_case(10, 420, 50, 7),  // several blocks of the vocabulary, several groups of columns
+          classifier_case(5, 30, 400, 5)};  // more columns than one pass over k
 }
 
 TEST_CASE("every op equals its plain fp64 reference") {
@@ -219,6 +222,63 @@ TEST_CASE("every op equals its plain fp64 reference") {
 
 TEST_CASE("every gradient rule equals central differences in fp64") {
   for (const OpCase& c : cases()) check_gradients(c);
+}
+
+struct ClassifierRun {
+  std::vector<double> losses, dx, dw;
+};
+
+/// 50 tokens in chunks of 24, 1000 words; logits reach +-30 and every row's maximum grows along the vocabulary.
+template <typename T>
+ClassifierRun run_classifier(int threads) {
+  const std::int64_t n = 50, vocab = 1000, width = 70;
+  const DType dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  HostTensor x({{n, width}, dtype}), w({{vocab, width}, dtype}), targets(ints(n)), scalars(scalars_spec());
+  const Doubles vx = random_values(n * width, 3), vw = random_values(vocab * width, 4);
+  for (std::size_t i = 0; i < vx.size(); ++i) x.span<T>()[i] = static_cast<T>(static_cast<float>(vx[i]));
+  for (std::size_t i = 0; i < vw.size(); ++i)
+    w.span<T>()[i] = static_cast<T>(static_cast<float>(vw[i] * static_cast<double>(i) / 300.0));
+  for (std::size_t i = 0; i < 50; ++i)
+    targets.span<std::int32_t>()[i] = i % 7 == 3 ? Classifier::kIgnoredTarget : static_cast<std::int32_t>(19 * i);
+  scalar(scalars.view(), Scalar::loss_scale) = 0.37;
+  const Classifier op({.gradient = true, .chunk_tokens = 24});
+  const std::vector<Tensor> in{x.view(), w.view(), targets.view(), scalars.view()};
+  std::vector<TensorSpec> specs;
+  for (const Tensor& tensor : in) specs.push_back(tensor.spec);
+  HostTensor losses({{n}, dtype}), dx({{n, width}, dtype}), dw({{vocab, width}, dtype});
+  const int before = thread_count();
+  set_thread_count(threads);
+  HostTensor workspace({{static_cast<std::int64_t>(op.workspace_bytes(specs))}, DType::u8});
+  op.run_cpu(
+      {.in = in, .out = std::vector<Tensor>{losses.view(), dx.view(), dw.view()}, .workspace = workspace.view()});
+  set_thread_count(before);
+  auto values = [](const HostTensor& tensor) { return Doubles(tensor.span<T>().begin(), tensor.span<T>().end()); };
+  return {values(losses), values(dx), values(dw)};
+}
+
+TEST_CASE("the classifier in f32 follows f64 across blocks and chunks") {
+  const ClassifierRun expected = run_classifier<double>(1), found = run_classifier<float>(2);
+  auto error = [](const Doubles& a, const Doubles& b) {
+    double difference = 0, norm = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      difference += (a[i] - b[i]) * (a[i] - b[i]);
+      norm += b[i] * b[i];
+    }
+    return std::sqrt(difference / norm);
+  };
+  CHECK(error(found.losses, expected.losses) <= 5e-6);
+  CHECK(error(found.dx, expected.dx) <= 5e-6);
+  CHECK(error(found.dw, expected.dw) <= 5e-6);
+}
+
+TEST_CASE("the classifier gives the same bits for any number of threads") {
+  const ClassifierRun one = run_classifier<float>(1);
+  for (const int threads : {2, 3, 5}) {
+    const ClassifierRun several = run_classifier<float>(threads);
+    CHECK(several.losses == one.losses);
+    CHECK(several.dx == one.dx);
+    CHECK(several.dw == one.dw);
+  }
 }
 
 TEST_CASE("a wrong gradient is noticed") {

@@ -38,7 +38,7 @@ class Driver {
     scalar(scalars, Scalar::step) = static_cast<double>(t);
     scalar(scalars, Scalar::lr) = lr;
     scalar(scalars, Scalar::clip_scale) = clip_scale;
-    std::memset(workspace_.view().data, 0xff, workspace_.view().bytes());
+    std::fill_n(static_cast<unsigned char*>(workspace_.view().data), workspace_.view().bytes(), 0xff);  // may be empty
     op_->run_cpu({.in = views_, .out = {}, .workspace = workspace_.view()});
   }
 

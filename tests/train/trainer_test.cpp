@@ -18,10 +18,31 @@ namespace {
 std::atomic<long> allocations{0};
 std::atomic<bool> counting{false};
 }  // namespace
-extern "C" void* __libc_malloc(std::size_t size);
-extern "C" void* malloc(std::size_t size) {
+extern "C" {
+void* __libc_malloc(std::size_t size);
+void* __libc_calloc(std::size_t count, std::size_t size);
+void* __libc_realloc(void* old, std::size_t size);
+void* __libc_memalign(std::size_t alignment, std::size_t size);
+
+static void count_allocation() {
   if (counting.load(std::memory_order_relaxed)) allocations.fetch_add(1, std::memory_order_relaxed);
+}
+void* malloc(std::size_t size) {
+  count_allocation();
   return __libc_malloc(size);
+}
+void* calloc(std::size_t count, std::size_t size) {
+  count_allocation();
+  return __libc_calloc(count, size);
+}
+void* realloc(void* old, std::size_t size) {
+  count_allocation();
+  return __libc_realloc(old, size);
+}
+void* aligned_alloc(std::size_t alignment, std::size_t size) {
+  count_allocation();
+  return __libc_memalign(alignment, size);
+}
 }
 #endif
 
@@ -133,7 +154,7 @@ TEST_CASE("one batch is learnt by heart") {
   const TemporaryDirectory dir;
   write_shard(dir.path / "train.bin", 2 * 16 + 1, 64);  // two samples
   const auto communicator = make_local_communicator();
-  for (const std::string optimizer : {"adamw", "fira"}) {
+  for (const std::string optimizer : {"adamw", "galore", "fira"}) {
     const Config config = make_config(
         dir.path, optimizer,
         {"batch.sequences=2", "schedule.kind=constant", "schedule.total_steps=300", "schedule.peak_lr=0.02"});

@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""kiln merge against the page cache and mergekit: ten fp32 checkpoints of the 60M model, averaged.
+
+Usage: python scripts/bench_merge.py [--checkpoints 10] [--rounds 5] [--threads T] [--work DIR] [--kiln PROGRAM]
+                                     [--mergekit PYTHON] [--record]     (needs a release build, numpy and safetensors)
+
+Each round measures, one after the other, so that all see the machine in the same state: reading the files from the page
+cache (preads of 1 MiB on T threads), `kiln merge`, and mergekit's `linear` where PYTHON is an interpreter that has it.
+kiln is timed as a process, with its verification of hashes, fsync and manifest; mergekit inside a process that has
+imported it already. Figures are medians over the rounds, shares those of each round; the merge is compared with numpy's
+fp64 sum, bit for bit. Only a machine that does nothing else gives meaningful shares.
+--record writes the table to scripts/results/merge.md.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+HIDDEN, FFN, LAYERS, HEADS, VOCAB = 512, 1376, 8, 8, 32000
+
+# A process inherits the peak of the one that started it, so a small one stands between.
+PEAK = """
+import resource, subprocess, sys, time
+begin = time.perf_counter()
+status = subprocess.call(sys.argv[1:])
+print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(status)
+"""
+
+MERGEKIT = """
+import sys, time
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+models = [{"model": path, "parameters": {"weight": 1.0}} for path in sys.argv[3:]]
+config = MergeConfiguration.model_validate({"merge_method": "linear", "dtype": "float32", "models": models})
+options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, num_threads=int(sys.argv[2]))
+begin = time.perf_counter()
+run_merge(config, sys.argv[1], options)
+print("seconds", time.perf_counter() - begin)
+"""
+
+
+def shapes():
+    table = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN),
+             "model.norm.weight": (HIDDEN,)}  # fmt: skip
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}."
+        for name in ("q", "k", "v", "o"):
+            table[f"{at}self_attn.{name}_proj.weight"] = (HIDDEN, HIDDEN)
+        table[f"{at}mlp.gate_proj.weight"] = table[f"{at}mlp.up_proj.weight"] = (FFN, HIDDEN)
+        table[f"{at}mlp.down_proj.weight"] = (HIDDEN, FFN)
+        table[f"{at}input_layernorm.weight"] = table[f"{at}post_attention_layernorm.weight"] = (HIDDEN,)
+    return table
+
+
+def write_checkpoints(work, count):
+    import numpy
+    from safetensors.numpy import save_file
+
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+              "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+              "num_key_value_heads": HEADS, "vocab_size": VOCAB, "max_position_embeddings": 1024,
+              "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "float32"}  # fmt: skip
+    directories = []
+    for i in range(count):
+        directories.append(work / f"checkpoint-{i + 1}")
+        directories[-1].mkdir(parents=True)
+        random = numpy.random.default_rng(i)
+        tensors = {name: 0.02 * random.standard_normal(shape, dtype=numpy.float32) for name, shape in shapes().items()}
+        save_file(tensors, directories[-1] / "model.safetensors", metadata={"format": "pt"})
+        (directories[-1] / "config.json").write_text(json.dumps(config))
+    return directories
+
+
+def read_cached(files, threads):
+    """GB/s of reading all files, once the page cache holds them."""
+
+    def read(part):
+        buffer = bytearray(1 << 20)
+        for path in part:
+            descriptor, offset = os.open(path, os.O_RDONLY), 0
+            while count := os.preadv(descriptor, [buffer], offset):
+                offset += count
+            os.close(descriptor)
+
+    workers = [threading.Thread(target=read, args=(files[i::threads],)) for i in range(threads)]
+    begin = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(path.stat().st_size for path in files) / (time.perf_counter() - begin) / 1e9
+
+
+def run(command, threads):
+    """Output, seconds and peak resident MiB of a process."""
+    command = [sys.executable, "-S", "-c", PEAK, *(str(word) for word in command)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})  # fmt: skip
+    if done.returncode != 0:
+        sys.exit(f"bench_merge: {command[4]} ended with exit code {done.returncode}")
+    output, last = done.stdout.rstrip().rsplit("\n", 1)
+    seconds, peak = last.split()
+    return output, float(seconds), float(peak)
+
+
+def equals_reference(directories, merged):
+    """Whether the merge is the fp64 sum, oldest first, rounded once."""
+    import numpy
+    from safetensors import safe_open
+
+    inputs = [safe_open(directory / "model.safetensors", "numpy") for directory in directories]
+    output = safe_open(merged / "model.safetensors", "numpy")
+    for name in shapes():
+        total = numpy.zeros(shapes()[name], numpy.float64)
+        for tensors in inputs:
+            total += tensors.get_tensor(name).astype(numpy.float64) * (1.0 / len(inputs))
+        if (output.get_tensor(name).view(numpy.uint32) != total.astype(numpy.float32).view(numpy.uint32)).any():
+            return False
+    return True
+
+
+def measure(arguments, work):
+    directories = write_checkpoints(work, arguments.checkpoints)
+    files = [directory / "model.safetensors" for directory in directories]
+    read_cached(files, arguments.threads)  # fills the cache
+    total = sum(path.stat().st_size for path in files) / 1e9
+    rounds = []
+    for _ in range(arguments.rounds):
+        before = read_cached(files, arguments.threads)
+        output, seconds, peak = run([arguments.kiln, "merge", *directories, "--out", work / "kiln", "--json"],
+                                    arguments.threads)  # fmt: skip
+        report = json.loads(output)
+        cache = (before + read_cached(files, arguments.threads)) / 2
+        one = {"cache": cache, "seconds": seconds, "peak": peak, "verify": total / report["open_seconds"],
+               "average": total / report["average_seconds"]}  # fmt: skip
+        one["verify share"], one["average share"] = one["verify"] / cache, one["average"] / cache
+        if arguments.mergekit:
+            shutil.rmtree(work / "mergekit", ignore_errors=True)
+            command = [arguments.mergekit, "-c", MERGEKIT, work / "mergekit", arguments.threads, *directories]
+            output, _, one["mergekit peak"] = run(command, arguments.threads)
+            one["mergekit seconds"] = float(output.split()[-1])
+            one["ratio"] = one["mergekit seconds"] / seconds
+        rounds.append(one)
+    median = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    median["exact"] = equals_reference(directories, work / "kiln")
+    return median
+
+
+def table(arguments, median):
+    rows = [
+        ("page cache, preads of 1 MiB", f"{median['cache']:.1f} GB/s"),
+        ("kiln: reading and averaging", f"{median['average']:.1f} GB/s, {100 * median['average share']:.0f} % of it"),
+        ("kiln: verifying before", f"{median['verify']:.1f} GB/s, {100 * median['verify share']:.0f} % of it"),
+        ("kiln: the whole command, with fsync and manifest", f"{median['seconds']:.2f} s"),
+        ("kiln: peak resident memory", f"{median['peak']:.0f} MiB"),
+        ("kiln: equal to the fp64 sum rounded once", "bit for bit" if median["exact"] else "NO"),
+    ]
+    if arguments.mergekit:
+        rows += [("mergekit linear, imports not counted", f"{median['mergekit seconds']:.2f} s"),
+                 ("mergekit: peak resident memory", f"{median['mergekit peak']:.0f} MiB"),
+                 ("kiln is faster by", f"{median['ratio']:.1f} x")]  # fmt: skip
+    return "| what | figure |\n|-|-|\n" + "\n".join(f"| {what} | {figure} |" for what, figure in rows) + "\n"
+
+
+def processor():
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=pathlib.Path, help="directory for about 3 GB; a temporary one otherwise")
+    parser.add_argument("--kiln", default=ROOT / "build/release/kiln")
+    parser.add_argument("--mergekit", help="a Python interpreter with mergekit")
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        median = measure(arguments, pathlib.Path(work))
+    text = table(arguments, median)
+    print(text)
+    if arguments.record:
+        command = f"python scripts/bench_merge.py --rounds {arguments.rounds}"
+        if arguments.mergekit:
+            command += " --mergekit PYTHON"
+        header = (f"# Merging {arguments.checkpoints} fp32 checkpoints of the 60M model\n\n- Command: `{command}`\n"
+                  f"- Device: {processor()}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}\n"
+                  f"- Date: {datetime.date.today().isoformat()}\n\n")  # fmt: skip
+        (ROOT / "scripts/results/merge.md").write_text(header + text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+// Inlined, so that the hash runs on the vector units that this build is for, not on those of any processor.
+#define XXH_INLINE_ALL
+#include <fmt/format.h>
+#include <xxhash.h>
+
+#include <algorithm>
+
+#include "base/files.h"
+
+namespace kiln {
+
+std::string hash_bytes(std::span<const std::byte> bytes) {
+  return fmt::format("{:016x}", XXH3_64bits(bytes.data(), bytes.size()));
+}
+
+std::string hash_file(const std::filesystem::path& path) {
+  constexpr std::size_t kPiece = std::size_t{4} << 20;
+  const MappedFile file(path);
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  for (std::size_t first = 0; first < file.bytes().size(); first += kPiece) {
+    const std::span<const std::byte> piece = file.bytes().subspan(first, std::min(kPiece, file.bytes().size() - first));
+    XXH3_64bits_update(&state, piece.data(), piece.size());
+    file.release(piece);
+  }
+  return fmt::format("{:016x}", XXH3_64bits_digest(&state));
+}
+
+}  // namespace kiln

@@ -1,0 +1,41 @@
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "merge/inputs.h"
+
+namespace kiln {
+
+/// One tensor in every checkpoint of a merge, oldest first. All have one dtype and size.
+using Sources = std::vector<ModelTensors::Source>;
+
+/// Averages pieces of tensors. One for each thread.
+class Averager {
+ public:
+  Averager();
+  /// out[k] = round(sum_i w_i x_i[first + k]): accumulated in fp64, oldest first, without fused multiply-adds, and
+  /// rounded once, to nearest even. An element's result depends on nothing else.
+  ///
+  /// in     sources of f32, f64, bf16 or f16    weights, one a source
+  /// out    as many elements of `dtype` (f32, f64, bf16 or f16) as `out` holds bytes for
+  /// returns false when a result is not finite; fail_not_finite then says why
+  /// error  data: a source that cannot be read
+  bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
+               std::span<std::byte> out);
+
+ private:
+  std::vector<double> sums_;
+  std::vector<std::byte> block_;
+};
+
+/// A data Error that names the file and element which made elements [first, first + count) of the average infinite or
+/// NaN, or the dtype that they overflow.
+[[noreturn]] void fail_not_finite(const Sources& sources, std::uint64_t first, std::uint64_t count, DType dtype);
+
+/// fp64 to storage with one rounding, to nearest even (through fp32 it would be two). Overflow gives infinity.
+bfloat16 round_to_bfloat16(double value);
+float16 round_to_float16(double value);
+
+}  // namespace kiln

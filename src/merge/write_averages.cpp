@@ -1,0 +1,105 @@
+#include "merge/write_averages.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+
+#include "core/parallel.h"
+#include "core/tensor.h"
+
+namespace kiln {
+namespace {
+
+struct Piece {
+  std::size_t item;  // of the writer's layout
+  const Sources* sources;
+  std::uint64_t first, count;
+};
+
+std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
+                             std::size_t piece_elements) {
+  std::vector<Piece> pieces;
+  for (std::size_t i = 0; i < writer.layout().size(); ++i) {
+    const Sources& tensor = sources.at(writer.layout()[i].name);
+    const SafetensorEntry& entry = *tensor.front().entry;
+    const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
+    for (std::uint64_t first = 0; first < elements; first += piece_elements)
+      pieces.push_back({i, &tensor, first, std::min<std::uint64_t>(piece_elements, elements - first)});
+  }
+  return pieces;
+}
+
+/// The pieces and what the threads that take them share.
+class PieceQueue {
+ public:
+  PieceQueue(SafetensorsWriter& writer, std::vector<Piece> pieces, std::span<const double> weights,
+             std::size_t piece_elements)
+      : writer_(writer),
+        pieces_(std::move(pieces)),
+        weights_(weights),
+        buffer_bytes_(piece_elements * sizeof(double)),
+        first_fault_(pieces_.size()) {}
+
+  /// What every thread runs: takes pieces in order until none is left or one has failed.
+  void work() {
+    try {
+      Averager averager;
+      const Buffer buffer(buffer_bytes_, "piece of an average");
+      while (!failed_) {
+        const std::size_t at = next_.fetch_add(1);
+        if (at >= pieces_.size()) return;
+        if (!write_piece(pieces_[at], averager, buffer)) note_fault(at);
+      }
+    } catch (...) {  // must not leave the thread; finish() throws it
+      const std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+      failed_ = true;
+    }
+  }
+
+  void finish() const {
+    if (error_) std::rethrow_exception(error_);
+    if (first_fault_ == pieces_.size()) return;
+    const Piece& piece = pieces_[first_fault_];
+    fail_not_finite(*piece.sources, piece.first, piece.count, writer_.layout()[piece.item].dtype);
+  }
+
+ private:
+  bool write_piece(const Piece& piece, Averager& averager, const Buffer& buffer) {
+    const DType dtype = writer_.layout()[piece.item].dtype;
+    const std::span<std::byte> out(buffer.data(), piece.count * size_of(dtype));
+    if (!averager.average(*piece.sources, weights_, piece.first, dtype, out)) return false;
+    writer_.write_at(piece.item, piece.first * size_of(dtype), out);
+    return true;
+  }
+
+  /// Pieces before a faulty one were taken before it and get finished, so the first of all is found on any number of
+  /// threads.
+  void note_fault(std::size_t at) {
+    const std::lock_guard lock(mutex_);
+    first_fault_ = std::min(first_fault_, at);
+    failed_ = true;
+  }
+
+  SafetensorsWriter& writer_;
+  std::vector<Piece> pieces_;
+  std::span<const double> weights_;
+  std::size_t buffer_bytes_;  // of a thread
+  std::atomic<std::size_t> next_ = 0;
+  std::atomic<bool> failed_ = false;
+  std::mutex mutex_;  // guards what follows
+  std::size_t first_fault_;
+  std::exception_ptr error_;
+};
+
+}  // namespace
+
+void write_averages(SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
+                    std::span<const double> weights, std::size_t piece_elements) {
+  PieceQueue queue(writer, pieces_of(writer, sources, piece_elements), weights, piece_elements);
+  parallel_for(thread_count(), 1, [&](std::int64_t, std::int64_t) { queue.work(); });
+  queue.finish();
+}
+
+}  // namespace kiln

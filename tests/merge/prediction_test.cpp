@@ -1,0 +1,256 @@
+#include "merge/prediction.h"
+
+#include <cmath>
+
+#include "core/parallel.h"
+#include "merge/memory_merge.h"
+#include "merge/prediction_report.h"
+#include "merge/streaming_merge.h"
+#include "merge_fixture.h"
+#include "report/metrics.h"
+
+using namespace kiln;
+
+namespace {
+
+LlamaConfig tiny_model(std::int64_t vocab = 7) {
+  LlamaConfig config;
+  config.vocab = vocab;
+  config.hidden = config.head_dim = 4;
+  config.ffn = 6;
+  config.heads = config.kv_heads = config.layers = 1;
+  return config;
+}
+
+/// A snapshot whose weights are all of the initial ones plus `shift`.
+fs::path write_snapshot(const fs::path& directory, std::int64_t step, double shift,
+                        const LlamaConfig& config = tiny_model()) {
+  TestModel model;
+  std::uint64_t stream = 0;
+  for (const Parameter& parameter : llama_parameters(config, DType::f32).parameters) {
+    TestTensor tensor{DType::f32, parameter.shape.sizes(), {}};
+    tensor.values = random_values(static_cast<std::size_t>(parameter.shape.numel()), ++stream);
+    for (double& value : tensor.values) value += shift;
+    model[parameter.name] = tensor;
+  }
+  write_checkpoint(directory / checkpoint_name(step), model, step);
+  return directory / checkpoint_name(step);
+}
+
+/// A run that swings across a bowl while it drifts towards the bottom.
+double shift_at(std::int64_t i) { return 0.03 - 0.001 * static_cast<double>(i) + (i % 2 == 0 ? 0.05 : -0.05); }
+
+struct Toy {
+  TempDirectory temp;
+  ModelWeights weights{tiny_model(), DType::f32};
+  std::vector<MergeInput> snapshots;
+  ModelWeights origin{tiny_model(), DType::f32};
+
+  Toy() {
+    std::vector<fs::path> paths;
+    for (std::int64_t i = 0; i <= 20; ++i)
+      paths.push_back(write_snapshot(temp / "snapshots", 10 * i + 100, shift_at(i)));
+    snapshots = open_inputs(paths, true);
+    const std::vector<MergeInput> zero = open_inputs({write_snapshot(temp / "origin", 1, 0.0)}, true);
+    const MergeInput* input = &zero.front();
+    const double one = 1.0;
+    merge_into(std::span(&input, 1), std::span(&one, 1), origin);
+  }
+
+  /// Losses of 50 sequences: 2 + shift^2 of the weights, and what is hard about each sequence.
+  SequenceLosses evaluate() const {
+    const Tensor w = weights.storage(0), o = origin.storage(0);
+    const double shift = static_cast<double>(w.span<float>()[3]) - static_cast<double>(o.span<float>()[3]);
+    SequenceLosses losses;
+    const Philox random(1, 1);
+    for (std::uint64_t i = 0; i < 50; ++i) {
+      const double hard = random.normal(i);
+      losses.nats.push_back(16 * (2 + hard + shift * shift * (1 + 0.1 * random.normal(i + 100))));
+      losses.targets.push_back(16);
+    }
+    return losses;
+  }
+
+  PredictionRequest request() const {
+    return {.snapshots = snapshots,
+            .anneal = {.begin = 200, .end = 300, .shape = DecayShape::linear, .final_ratio = 0.0},
+            .curves = {},
+            .checks = {},
+            .weights = weights,
+            .evaluate = [this] { return evaluate(); },
+            .run_anneal = {}};
+  }
+};
+
+const Predictor& named(const Prediction& prediction, const std::string& name) {
+  for (const Predictor& predictor : prediction.predictors)
+    if (predictor.name == name) return predictor;
+  FAIL("no predictor " << name);
+  return prediction.predictors.front();
+}
+
+/// The mean loss of a model that is `shift` off, as Toy::evaluate has it.
+double loss_of(double shift) {
+  const Philox random(1, 1);
+  double sum = 0;
+  for (std::uint64_t i = 0; i < 50; ++i)
+    sum += 2 + random.normal(i) + shift * shift * (1 + 0.1 * random.normal(i + 100));
+  return sum / 50;
+}
+
+}  // namespace
+
+TEST_CASE("a merge in memory has the bits of the file that a merge writes") {
+  const TempDirectory temp;
+  const LlamaConfig config = tiny_model(50000);  // an embedding that several threads share
+  std::vector<fs::path> paths;
+  for (const std::int64_t step : {1, 2, 3})
+    paths.push_back(write_snapshot(temp.path(), step, 0.1 * static_cast<double>(step), config));
+  const std::vector<MergeInput> opened = open_inputs(paths, true);
+  std::vector<const MergeInput*> inputs;
+  for (const MergeInput& input : opened) inputs.push_back(&input);
+  const WeightOptions options{.method = MergeMethod::ema, .alpha = 0.3};
+  const ModelWeights weights(config, DType::f32);
+  const int threads = thread_count();
+  set_thread_count(3);
+  merge_into(inputs, merge_weights(options, 3), weights);
+  set_thread_count(threads);
+  merge_checkpoints({.inputs = paths, .output = temp / "out", .weights = options});
+  for (const Parameter& parameter : weights.table().parameters) {
+    const std::vector<double> expected = read_values(temp / "out", parameter.name);
+    const std::span<float> found = weights.view(parameter).span<float>();
+    REQUIRE(found.size() == expected.size());
+    std::size_t different = 0;
+    for (std::size_t k = 0; k < found.size(); ++k) different += static_cast<double>(found[k]) != expected[k];
+    INFO(parameter.name);
+    CHECK(different == 0);
+  }
+}
+
+TEST_CASE("predictors are what they say: the last snapshot, weighted merges of the window, the best of the sweep") {
+  const Toy toy;
+  const Prediction prediction = predict(toy.request());
+  CHECK(prediction.sequences == 50);
+  CHECK(prediction.targets == 800);
+  CHECK(prediction.last_loss == Approx(loss_of(shift_at(20))).margin(1e-6));
+  double mean = 0;  // of snapshots 10 to 20
+  for (int i = 10; i <= 20; ++i) mean += shift_at(i) / 11;
+  CHECK(*named(prediction, "sma").loss == Approx(loss_of(mean)).margin(1e-6));
+  CHECK(*named(prediction, "last").loss == prediction.last_loss);
+  CHECK(named(prediction, "last").standard_error == 0.0);
+  // The difference is known far better than either loss.
+  CHECK(named(prediction, "sma").standard_error < 1e-3);
+  CHECK(named(prediction, "sma").standard_error > 0.0);
+  CHECK_FALSE(named(prediction, "MTL").loss.has_value());
+  CHECK_FALSE(named(prediction, "calibrated gap").loss.has_value());
+
+  double best = 1e9;
+  for (const SweepCell& cell : prediction.sweep) {
+    best = std::min(best, cell.loss);
+    CHECK(static_cast<std::int64_t>(cell.count - 1) * cell.every_steps <= 200);
+    if (cell.count == 2 && cell.every_steps == 10)
+      CHECK(cell.loss == Approx(loss_of((shift_at(19) + shift_at(20)) / 2)).margin(1e-6));
+  }
+  CHECK(*named(prediction, "best of sweep").loss == best);
+  CHECK(prediction.trusted == "schedule");
+  CHECK(prediction.loss == *named(prediction, "schedule").loss);
+  CHECK(prediction.interval.low < prediction.loss);
+  CHECK(prediction.interval.high > prediction.loss);
+  CHECK(prediction.trail.size() == 8);
+  CHECK(prediction.trail.front().loss > prediction.loss);
+}
+
+TEST_CASE("a check fills signed errors, and what it found is trusted later") {
+  const Toy toy;
+  PredictionRequest request = toy.request();
+  const fs::path annealed = write_snapshot(toy.temp / "annealed", 300, 0.002);
+  request.run_anneal = [&] { return annealed; };
+  const Prediction checked = predict(request);
+  CHECK(*checked.annealed_loss == Approx(loss_of(0.002)).margin(1e-6));
+  CHECK(*named(checked, "sma").error == Approx(*named(checked, "sma").loss - *checked.annealed_loss));
+  CHECK_FALSE(named(checked, "MPL").error.has_value());
+  CHECK_THAT(prediction_text("run", checked), ContainsSubstring("the real anneal reached"));
+
+  const fs::path run = toy.temp / "run";
+  write_check(run / "anneals" / anneal_name(checked.anneal), check_of(checked));
+  std::vector<AnnealCheck> checks = read_checks(run);
+  REQUIRE(checks.size() == 1);
+  CHECK(checks[0].anneal.begin == 200);
+  CHECK(checks[0].errors.at("sma") == *named(checked, "sma").error);
+
+  checks[0].errors = {{"last", 0.5}, {"wma", 0.001}, {"schedule", 0.25}};
+  checks[0].last_loss = 3.5;
+  checks[0].annealed_loss = 3.25;
+  request.checks = checks;
+  request.run_anneal = {};
+  const Prediction later = predict(request);
+  CHECK(later.trusted == "wma");
+  // One error says little about the next: Student's t of one degree of freedom.
+  CHECK(later.interval.high - later.loss == Approx(12.71 * 0.001).epsilon(0.2));
+  CHECK(*named(later, "calibrated gap").loss == Approx(later.last_loss - 0.25));
+  CHECK(*named(later, "schedule, corrected").loss == Approx(*named(later, "schedule").loss - 0.25));
+  checks[0].anneal.shape = DecayShape::cosine;  // another kind of anneal
+  CHECK(predict(request).trusted == "schedule");
+}
+
+TEST_CASE("loss laws are fitted once a curve holds a decay, and predict from the last snapshot") {
+  const Toy toy;
+  LossCurve trunk, branch;
+  for (std::int64_t step = 1; step <= 300; ++step) {
+    trunk.lr.push_back(1e-3);
+    trunk.step.push_back(step);
+    trunk.loss.push_back(2 + 4 / std::sqrt(static_cast<double>(step)));
+  }
+  PredictionRequest request = toy.request();
+  request.curves = std::span(&trunk, 1);
+  CHECK_THAT(named(predict(request), "MTL").note, ContainsSubstring("no curve holds a decay"));
+  branch.lr.assign(150, 1e-3);
+  for (std::int64_t step = 151; step <= 200; ++step) {
+    const double x = static_cast<double>(step - 150) / 50;
+    branch.lr.push_back(1e-3 * (1 - x));
+    branch.step.push_back(step);
+    branch.loss.push_back(2 + 4 / std::sqrt(static_cast<double>(step)) - 0.1 * x);
+  }
+  const std::vector<LossCurve> curves{trunk, branch};
+  request.curves = curves;
+  const Prediction prediction = predict(request);
+  for (const std::string law : {"MTL", "MPL"}) {
+    INFO(law);
+    CHECK(*named(prediction, law).loss < prediction.last_loss - 0.03);
+    CHECK(*named(prediction, law).loss > prediction.last_loss - 0.4);
+  }
+}
+
+TEST_CASE("what cannot be predicted is refused") {
+  const Toy toy;
+  PredictionRequest request = toy.request();
+  request.anneal.begin = 295;
+  CHECK_THROWS_WITH(predict(request), ContainsSubstring("1 snapshots lie in the anneal's window"));
+  request.anneal = {.begin = 200, .end = 305};
+  CHECK_THROWS_WITH(predict(request), ContainsSubstring("not of the anneal's end"));
+}
+
+TEST_CASE("curves of a run and of its anneals are read up to a step") {
+  const TempDirectory temp;
+  const Anneal anneal{.begin = 10, .end = 15};
+  const fs::path directory = temp / "anneals" / anneal_name(anneal);
+  fs::create_directories(directory);
+  CHECK(read_curves(temp.path(), 20).empty());
+  const auto write = [](const fs::path& run, std::int64_t from, std::int64_t to, double lr) {
+    MetricsWriter writer(run, 0);
+    for (std::int64_t step = from; step <= to; ++step)
+      writer.write({.step = step, .tokens = step, .loss = 3, .lr = lr});
+  };
+  write(temp.path(), 1, 30, 0.5);
+  write(directory, 11, 15, 0.1);
+  CHECK(read_curves(temp.path(), 20).size() == 1);  // not checked yet
+  write_check(directory, {.anneal = anneal, .errors = {}});
+  const std::vector<LossCurve> curves = read_curves(temp.path(), 20);
+  REQUIRE(curves.size() == 2);
+  CHECK(curves[0].lr.size() == 20);
+  CHECK(curves[1].lr == std::vector<double>{0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1, 0.1, 0.1});
+  CHECK(curves[1].step == std::vector<std::int64_t>{11, 12, 13, 14, 15});
+  CHECK(read_curves(temp.path(), 15).size() == 1);  // the anneal does not end before
+  write_text_atomic(directory / "check.json", "{}");
+  CHECK_THROWS_WITH(read_checks(temp.path()), ContainsSubstring("no record of an anneal check"));
+}
