@@ -71,6 +71,7 @@ OpEntry linear_weight_gradient_entry();
 OpEntry rms_norm_entry();
 OpEntry add_rms_norm_entry();
 OpEntry rms_norm_gradient_entry();
+OpEntry rms_scale_entry();
 OpEntry rope_entry();
 OpEntry rope_gradient_entry();
 OpEntry attention_entry();

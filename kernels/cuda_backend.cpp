@@ -45,6 +45,9 @@ Buffer make_pinned(std::size_t bytes) {
   return Buffer(static_cast<std::byte*>(data), bytes, [](std::byte* p) noexcept { cudaFreeHost(p); });
 }
 
+/// Uploads go through this many pieces of staging, each at most this large.
+constexpr std::size_t kSlots = 4, kSlotBytes = std::size_t{4} << 20;
+
 /// Device allocations of the process, each with its size before the bytes that are handed out, so that freeing needs no
 /// table. One device a process.
 std::size_t& allocated() {
@@ -68,6 +71,10 @@ class Planning : public Backend {
     if (entry == nullptr) return node.op->any_device() ? node.op->workspace_bytes(plan.input_specs(node)) : 0;
     return entry->workspace_bytes == nullptr ? 0 : entry->workspace_bytes({plan, group});
   }
+  bool has_kernel(const Plan& plan, NodeGroup group) const override {
+    return find_entry(plan, group.first, group) != nullptr || plan.nodes()[group.first].op->any_device();
+  }
+  std::size_t staging_bytes() const override { return kSlots * kSlotBytes; }
 
   Buffer allocate(std::size_t, std::string_view) override { refuse(); }
   std::size_t allocated_bytes() const override { return 0; }
@@ -140,6 +147,7 @@ class CudaBackend final : public Planning {
     cudaDeviceProp properties{};
     check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
     name_ = properties.name;
+    memory_bytes_ = properties.totalGlobalMem;
     check(properties.major == 9, "{}: compute capability {}.{}, but this program's kernels are built for 9.0 (Hopper)",
           name_, properties.major, properties.minor);
     stream_ = make_stream();
@@ -158,6 +166,7 @@ class CudaBackend final : public Planning {
   }
 
   std::string name() const override { return name_; }
+  std::size_t memory_bytes() const override { return memory_bytes_; }
   void* native_stream() const override { return stream_.get(); }
 
   Buffer allocate(std::size_t bytes, std::string_view what) override {
@@ -246,7 +255,7 @@ class CudaBackend final : public Planning {
   void forget_marks() override { marked_ = 0; }
 
  private:
-  static constexpr std::size_t kHeader = 256, kSlotBytes = std::size_t{4} << 20;
+  static constexpr std::size_t kHeader = 256;
   /// A piece of an upload on its way.
   struct Slot {
     Buffer host, device;
@@ -279,12 +288,13 @@ class CudaBackend final : public Planning {
   }
 
   std::string name_;
+  std::size_t memory_bytes_ = 0;
   Stream stream_, copies_;
   Event arrived_;
   std::unique_ptr<GemmPlans> gemms_;
   std::filesystem::path cache_;
   Context context_;
-  std::array<Slot, 4> slots_;
+  std::array<Slot, kSlots> slots_;
   std::size_t next_slot_ = 0, next_fetch_ = 0, marked_ = 0;
   std::array<Fetch, kFetches> fetches_;
   std::vector<Event> marks_;

@@ -19,6 +19,7 @@ const std::vector<OpEntry>& entries() {
                                          rms_norm_entry(),
                                          add_rms_norm_entry(),
                                          rms_norm_gradient_entry(),
+                                         rms_scale_entry(),
                                          rope_entry(),
                                          rope_gradient_entry(),
                                          attention_entry(),

@@ -7,7 +7,8 @@
 namespace kiln::cuda {
 namespace {
 
-constexpr int kWarps = 8;             // rows in flight of a block
+constexpr int kWarps = 8;  // rows in flight of a block
+constexpr int kScaleThreads = 256;
 constexpr int kMaxVectors = 16;       // of eight elements a lane: C <= 4096
 constexpr std::int64_t kParts = 528;  // partial sums of dw; fixed, so that the order of the sum is
 
@@ -61,6 +62,20 @@ __global__ void __launch_bounds__(kWarps * 32) forward(ForwardArgs a) {
     for (int i = 0; i < 8; ++i) y.v[i] *= scale * w.v[i];
     store8(a.y + base + c, pack(y));
   }
+}
+
+/// y = r rstd w as forward() rounds it: eight elements a thread.
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_rows(const bf16* r, const bf16* w, const float* rstd, bf16* y, std::int64_t vectors, int per_row) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x;
+  if (i >= vectors) return;
+  const std::int64_t row = i / per_row;
+  Float8 out = unpack(load8(r + i * 8));
+  const Float8 weight = unpack(load8(w + (i - row * per_row) * 8));
+  const float scale = rstd[row];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) out.v[k] *= scale * weight.v[k];
+  store8(y + i * 8, pack(out));
 }
 
 struct BackwardArgs {
@@ -207,6 +222,17 @@ std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
   });
 }
 
+std::unique_ptr<Kernel> make_scale(const Nodes& nodes, Context& context) {
+  require_width(nodes);
+  return simple_kernel([stream = context.stream](const KernelArgs& args) {
+    const std::int64_t vectors = args.in[0].numel() / 8;
+    launch({"rms_scale", blocks_for(vectors, kScaleThreads), kScaleThreads, stream}, scale_rows,
+           static_cast<const bf16*>(args.in[0].data), static_cast<const bf16*>(args.in[1].data),
+           static_cast<const float*>(args.in[2].data), static_cast<bf16*>(args.out[0].data), vectors,
+           static_cast<int>(args.in[0].shape()[1] / 8));
+  });
+}
+
 std::size_t backward_workspace(const Nodes& nodes) {
   return static_cast<std::size_t>(kParts * nodes.inputs()[0].shape[1]) * sizeof(float);
 }
@@ -242,6 +268,7 @@ std::unique_ptr<Kernel> make_backward(const Nodes& nodes, Context& context) {
 
 OpEntry rms_norm_entry() { return {.name = "rms_norm", .make = make_forward}; }
 OpEntry add_rms_norm_entry() { return {.name = "add_rms_norm", .make = make_forward}; }
+OpEntry rms_scale_entry() { return {.name = "rms_scale", .make = make_scale}; }
 OpEntry rms_norm_gradient_entry() {
   return {.name = "rms_norm_dx", .workspace_bytes = backward_workspace, .make = make_backward};
 }

@@ -1,6 +1,7 @@
 #include "ops/swiglu.h"
 
 #include "kernels/context.h"
+#include "kernels/gemm_hopper_ptx.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/vector.cuh"
 
@@ -9,7 +10,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+/// The arithmetic of the fused projection (gemm_swiglu.cu), so that a product recomputed here has its bits.
+using gemm::sigmoid_approx;
 
 /// Vector i of the [N,F] side: its row and the offset of its gate in the [N,2F] side.
 struct Place {
@@ -30,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) forward(const bf16* x, bf16* y, std:
   const Float8 gate = unpack(load8(x + at.gate)), up = unpack(load8(x + at.gate + width));
   Float8 out;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) out.v[i] = gate.v[i] * sigmoid(gate.v[i]) * up.v[i];
+  for (int i = 0; i < 8; ++i) out.v[i] = gate.v[i] * sigmoid_approx(gate.v[i]) * up.v[i];
   store8(y + at.narrow, pack(out));
 }
 
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   Float8 dgate, dup;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float s = sigmoid(gate.v[i]);
+    const float s = sigmoid_approx(gate.v[i]);
     dgate.v[i] = d.v[i] * up.v[i] * s * (1.0f + gate.v[i] * (1.0f - s));
     dup.v[i] = d.v[i] * gate.v[i] * s;
   }

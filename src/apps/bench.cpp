@@ -15,7 +15,7 @@ namespace {
 
 struct BenchArguments {
   std::string preset = "llama_9m", optimizer = "adamw";
-  std::string device = "auto", weights = "fp32";
+  std::string device = "auto", weights = "fp32", recompute = "none";
   std::vector<std::string> presets{"llama_60m", "llama_130m", "llama_350m", "llama_1b"};  // of GEMMs on a GPU
   std::int64_t sequences = 8, seq_len = 256, m = 2048, n = 2048, k = 2048;
   std::int64_t tokens = 0;  // 0: the device's default
@@ -48,6 +48,12 @@ void print_step(const BenchArguments& a, const StepBench& b) {
                100 * op.seconds / b.step_seconds, op.flops / op.seconds / 1e9, op.bytes / op.seconds / 1e9);
 }
 
+Recompute parse_recompute(std::string_view name) {
+  for (const Recompute recompute : kRecomputes)
+    if (to_string(recompute) == name) return recompute;
+  fail(ExitCode::usage, "--recompute {}, expected none, norms or block", name);
+}
+
 void run_step(const BenchArguments& a) {
   set_threads(a);
   Config config;  // its defaults are the optimizers' defaults
@@ -59,12 +65,14 @@ void run_step(const BenchArguments& a) {
                                       .steps = a.steps,
                                       .device = parse_device(a.device),
                                       .clip_norm = a.clip_norm,
+                                      .recompute = parse_recompute(a.recompute),
                                       .masters = a.weights == "fp32"});
   if (!a.json) return print_step(a, bench);
   Json json{{"preset", a.preset},
             {"sequences", a.sequences},
             {"seq_len", a.seq_len},
             {"optimizer", a.optimizer},
+            {"recompute", a.recompute},
             {"threads", thread_count()},
             {"device", bench.device},
             {"device_bytes", bench.device_bytes},
@@ -174,6 +182,9 @@ void add_bench_command(CLI::App& app) {
   step->add_option("--weights", a->weights, "fp32 or bf16_sr, on a GPU")
       ->capture_default_str()
       ->check(CLI::IsMember({"fp32", "bf16_sr"}));
+  step->add_option("--recompute", a->recompute, "none, norms or block; what is recomputed is no FLOP of the model")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"none", "norms", "block"}));
   step->add_option("--clip-norm", a->clip_norm, "0: no clipping")->capture_default_str();
   step->add_option("--seq", a->seq_len)->capture_default_str();
   step->add_option("--steps", a->steps)->capture_default_str()->check(CLI::PositiveNumber);

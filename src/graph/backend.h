@@ -44,6 +44,10 @@ class Backend {
   virtual Buffer allocate(std::size_t bytes, std::string_view what) = 0;
   /// Bytes handed out and not yet freed.
   virtual std::size_t allocated_bytes() const = 0;
+  /// All memory of the device, used or not; 0 when unknown, and on the CPU.
+  virtual std::size_t memory_bytes() const { return 0; }
+  /// What it allocates for itself to upload through; part of allocated_bytes().
+  virtual std::size_t staging_bytes() const { return 0; }
   /// Copies host memory to the device in stream order; `from` may be reused when the call returns.
   virtual void upload(const Tensor& to, const void* from) = 0;
   /// Copies device memory to the host; waits for all work before it.
@@ -61,6 +65,8 @@ class Backend {
   virtual NodeGroup group(const Plan& plan, std::size_t first) const = 0;
   /// Scratch of one run of a group; known without a device, so that a plan can be packed anywhere.
   virtual std::size_t workspace_bytes(const Plan& plan, NodeGroup group) const = 0;
+  /// Whether kernel() knows the op.
+  virtual bool has_kernel(const Plan& plan, NodeGroup group) const = 0;
   /// A usage Error names the op when the device has no kernel for it, or none for its shapes.
   virtual std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) = 0;
   virtual std::unique_ptr<Replay> replay() = 0;

@@ -9,6 +9,7 @@
 namespace kiln {
 
 class GradientContext;
+struct ValueId;
 
 /// Work of one node: what `kiln bench` and MFU count.
 struct Cost {
@@ -34,6 +35,9 @@ class Op {
   virtual std::vector<TensorSpec> infer(std::span<const TensorSpec> in) const = 0;
   /// Appends the nodes that compute input gradients. The default refuses, naming the op.
   virtual void gradient(GradientContext& context) const;
+  /// Appends a node that gives `output` once more from inputs and other outputs, for an op that can at a small part of
+  /// its own cost. Invalid: the whole node runs again (Plan::recompute).
+  virtual ValueId recompute(GradientContext& context, int output) const;
   /// Indices of inputs that the kernel also writes (in place).
   virtual std::vector<int> mutates() const { return {}; }
   /// Adds to what its inputs hold in micro-batches after the first, as nodes that write parameter gradients do.

@@ -1,5 +1,7 @@
 #include "graph/plan.h"
 
+#include <algorithm>
+
 namespace kiln {
 
 std::string_view to_string(Role role) {
@@ -21,6 +23,8 @@ std::string_view to_string(Role role) {
 }
 
 void Op::gradient(GradientContext&) const { fail(ExitCode::usage, "{}: this op has no gradient rule", name()); }
+
+ValueId Op::recompute(GradientContext&, int) const { return {}; }
 
 ValueId Plan::new_value(Value value) {
   values_.push_back(std::move(value));
@@ -61,6 +65,11 @@ ValueId Plan::add1(OpPtr op, std::vector<ValueId> in, const std::string& name) {
 void Plan::backward(ValueId loss) {
   check(phase_ == Phase::micro, "backward() belongs to the micro phase");
   check(value(loss).needs_gradient, "{}: no parameter leads to it", value(loss).name);
+  for (std::size_t i = 0; i < nodes_.size(); ++i) {
+    for (const ValueId out : nodes_[i].out) writers_[out].push_back(i);
+    for (const int input : nodes_[i].op->mutates())
+      writers_[nodes_[i].in[static_cast<std::size_t>(input)]].push_back(i);
+  }
   std::vector<bool> reached(values_.size(), false);  // a gradient arrives at this value
   reached[static_cast<std::size_t>(loss.index)] = true;
   for (std::size_t i = nodes_.size(); i-- > 0;) {
@@ -80,6 +89,54 @@ void Plan::backward(ValueId loss) {
 ValueId Plan::gradient(ValueId value) const {
   const auto found = gradients_.find(value);
   return found == gradients_.end() ? ValueId{} : found->second;
+}
+
+void Plan::recompute(ValueId value) {
+  check(!this->value(value).external, "{}: bound by the caller, so there is nothing to compute again",
+        this->value(value).name);
+  check(gradients_.empty(), "{}: recomputation is asked for before backward()", this->value(value).name);
+  values_[static_cast<std::size_t>(value.index)].recomputed = true;
+}
+
+/// What gradient nodes read in place of a value: itself, or the copy, recorded at the first call.
+ValueId Plan::for_gradient(ValueId value) {
+  if (!this->value(value).recomputed) return value;
+  if (const auto found = copies_.find(value); found != copies_.end()) return found->second;
+  const std::vector<std::size_t>& writers = writers_.at(value);
+  const std::size_t producer = writers.front();
+  if (writers.size() == 1) {
+    const std::vector<ValueId>& out = nodes_[producer].out;
+    const auto output = static_cast<int>(std::find(out.begin(), out.end(), value) - out.begin());
+    GradientContext context(*this, producer);
+    const OpPtr op = nodes_[producer].op;  // recompute() appends to nodes_
+    if (const ValueId copy = op->recompute(context, output); copy.valid()) return copies_[value] = copy;
+  }
+  run_again(producer);
+  return copies_.at(value);
+}
+
+/// Records a node once more, on copies of what it reads; then the nodes that changed its outputs in place, so that a
+/// copy ends as its value did. Inputs come first, so copies stand in the order of their nodes and neighbours stay
+/// neighbours.
+void Plan::run_again(std::size_t index) {
+  const Node node = nodes_[index];  // a copy: nodes_ grows
+  std::vector<ValueId> in;
+  for (const ValueId id : node.in) {
+    const auto found = writers_.find(id);
+    const bool newest = found == writers_.end() || found->second.back() <= index ||
+                        std::ranges::find(found->second, index) != found->second.end();
+    check(newest, "{}: changed in place after {} read it, which can not run again", value(id).name, node.op->name());
+    in.push_back(for_gradient(id));
+  }
+  const std::string name = node.out.empty() ? "again" : value(node.out.front()).name + ".again";
+  const std::vector<ValueId> out = add(node.op, std::move(in), name);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    values_[static_cast<std::size_t>(out[i].index)].needs_gradient = false;
+    if (!value(node.out[i]).recomputed) continue;
+    copies_[node.out[i]] = out[i];
+    const std::vector<std::size_t>& writers = writers_.at(node.out[i]);
+    for (std::size_t w = 1; w < writers.size(); ++w) run_again(writers[w]);
+  }
 }
 
 void Plan::keep(ValueId value) { values_[static_cast<std::size_t>(value.index)].kept = true; }
@@ -112,6 +169,7 @@ ValueId GradientContext::in(int i) const { return plan_.nodes_[node_].in[static_
 ValueId GradientContext::out(int i) const { return plan_.nodes_[node_].out[static_cast<std::size_t>(i)]; }
 
 std::vector<ValueId> GradientContext::add(OpPtr op, std::vector<ValueId> inputs, const std::string& name) {
+  for (ValueId& id : inputs) id = plan_.for_gradient(id);
   std::vector<ValueId> out = plan_.add(std::move(op), std::move(inputs), name);
   for (const ValueId id : out) plan_.values_[static_cast<std::size_t>(id.index)].needs_gradient = false;
   return out;

@@ -31,6 +31,7 @@ struct Value {
   bool external = false;        // bound by the caller; otherwise it lives in the arena
   bool kept = false;            // read after the run, so its bytes are not reused
   bool needs_gradient = false;  // a parameter, or computed from one
+  bool recomputed = false;      // gradient nodes read a copy, so that its bytes are free after the forward part
 };
 
 struct Node {
@@ -56,6 +57,10 @@ class Plan {
   /// The gradient of a value after backward(); invalid if it has none.
   ValueId gradient(ValueId value) const;
 
+  /// Before backward(): gradient nodes shall not read this value but a copy, computed again right before the first of
+  /// them by the nodes that wrote it, from what is not marked. The same kernels on the same inputs give the same bits.
+  void recompute(ValueId value);
+
   /// Marks a value as read after the run.
   void keep(ValueId value);
   /// Nodes recorded from now on belong to `phase`; a plan cannot return from update to micro.
@@ -72,11 +77,15 @@ class Plan {
  private:
   friend class GradientContext;
   ValueId new_value(Value value);
+  ValueId for_gradient(ValueId value);
+  void run_again(std::size_t node);
 
   std::vector<Value> values_;
   std::vector<Node> nodes_;
-  std::map<ValueId, ValueId> gradients_;            // value -> its gradient
-  std::map<ValueId, ValueId> parameter_gradients_;  // gradient -> its parameter
+  std::map<ValueId, ValueId> gradients_;                 // value -> its gradient
+  std::map<ValueId, ValueId> parameter_gradients_;       // gradient -> its parameter
+  std::map<ValueId, ValueId> copies_;                    // recomputed value -> what gradient nodes read
+  std::map<ValueId, std::vector<std::size_t>> writers_;  // forward nodes that write a value, in order
   Phase phase_ = Phase::micro;
 };
 
@@ -88,10 +97,11 @@ class GradientContext {
   ValueId out(int i) const;
   const TensorSpec& in_spec(int i) const { return plan_.value(in(i)).spec; }
   bool needs_gradient(int i) const { return plan_.value(in(i)).needs_gradient; }
+  bool is_recomputed(ValueId value) const { return plan_.value(value).recomputed; }
   /// Gradient of output i or of input i so far; invalid when none has arrived.
   ValueId grad_out(int i) const { return plan_.gradient(out(i)); }
   ValueId grad_in(int i) const { return plan_.gradient(in(i)); }
-  /// Appends a gradient node.
+  /// Appends a gradient node; of recomputed inputs it reads the copies.
   std::vector<ValueId> add(OpPtr op, std::vector<ValueId> inputs, const std::string& name);
   /// Declares the gradient of input i. A second contribution must be added by the op itself to grad_in(i): calling this
   /// when one exists is a usage Error.

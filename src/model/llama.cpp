@@ -117,8 +117,20 @@ void initialise(const ModelWeights& weights, std::uint64_t seed) {
   }
 }
 
+std::string_view to_string(Recompute recompute) {
+  switch (recompute) {
+    case Recompute::none:
+      return "none";
+    case Recompute::norms:
+      return "norms";
+    case Recompute::block:
+      return "block";
+  }
+  return "unknown";
+}
+
 LlamaValues record_llama(Plan& plan, const LlamaConfig& c, const StorageLayout& layout, BatchShape batch,
-                         LlamaOutput output, std::int64_t positions) {
+                         LlamaOutput output, std::int64_t positions, Recompute recompute) {
   const bool generating = output == LlamaOutput::last_logits;
   check(!generating || batch.sequences == 1, "generation records one sequence, found {}", batch.sequences);
   check(batch.seq_len <= positions, "sequence length {} exceeds the {} positions recorded", batch.seq_len, positions);
@@ -141,33 +153,41 @@ LlamaValues record_llama(Plan& plan, const LlamaConfig& c, const StorageLayout& 
   ValueId delta;  // the last block's output, not yet added to the residual stream
   auto normalise = [&](const std::string& name) {
     const ValueId w = weight();
-    if (!delta.valid()) return plan.add(norm, {residual, w}, name)[0];
+    if (!delta.valid()) return plan.add(norm, {residual, w}, name);
     const std::vector<ValueId> out = plan.add(add_norm, {residual, w, delta}, name);
     residual = out[2];
-    return out[0];
+    return out;
+  };
+  auto recomputed_from = [&](Recompute least, std::span<const ValueId> values) {
+    if (recompute < least) return;
+    for (const ValueId value : values) plan.recompute(value);
   };
   for (std::int64_t l = 0; l < c.layers; ++l) {
     const std::string at = fmt::format("layer{}.", l);
-    const ValueId x = normalise(at + "norm1");
+    const ValueId x = normalise(at + "norm1")[0];
     const ValueId qkv = plan.add1(linear, {x, weight()}, at + "qkv");
     plan.add(rope, {qkv, v.rope_table, v.first}, at + "rope");
-    ValueId attended;
+    std::vector<ValueId> attended;
     if (generating) {
       const TensorSpec cache{{positions, c.kv_heads * c.head_dim}, layout.dtype};
       v.keys.push_back(plan.external(at + "keys", cache, Role::state));
       v.values.push_back(plan.external(at + "values", cache, Role::state));
-      attended = plan.add1(std::make_shared<CachedAttention>(shape), {qkv, v.keys.back(), v.values.back(), v.first},
-                           at + "attention");
+      attended = plan.add(std::make_shared<CachedAttention>(shape), {qkv, v.keys.back(), v.values.back(), v.first},
+                          at + "attention");
     } else {
-      attended = plan.add(std::make_shared<Attention>(shape), {qkv}, at + "attention")[0];
+      attended = plan.add(std::make_shared<Attention>(shape), {qkv}, at + "attention");
     }
-    delta = plan.add1(linear, {attended, weight()}, at + "o");
-    const ValueId y = normalise(at + "norm2");
-    const ValueId gate_up = plan.add1(linear, {y, weight()}, at + "gate_up");
+    const ValueId projected = delta = plan.add1(linear, {attended[0], weight()}, at + "o");
+    const std::vector<ValueId> y = normalise(at + "norm2");
+    const ValueId gate_up = plan.add1(linear, {y[0], weight()}, at + "gate_up");
     const ValueId activated = plan.add1(std::make_shared<SwiGlu>(), {gate_up}, at + "swiglu");
+    recomputed_from(Recompute::norms, {{x, y[0], activated}});
+    recomputed_from(Recompute::block, {{qkv, projected, gate_up}});
+    recomputed_from(Recompute::block, attended);
+    recomputed_from(Recompute::block, std::span(y).subspan(1));
     delta = plan.add1(linear, {activated, weight()}, at + "down");
   }
-  ValueId x = normalise("norm");
+  ValueId x = normalise("norm")[0];
   const ValueId head = c.tied ? v.storages.front() : weight();
   if (output == LlamaOutput::logits || generating) {
     if (generating) x = plan.add1(std::make_shared<LastRow>(), {x}, "last_row");

@@ -62,6 +62,16 @@ struct BatchShape {
   std::int64_t tokens() const { return sequences * seq_len; }
 };
 
+/// What of a layer the forward pass does not keep and the backward pass computes again, bit for bit; each includes the
+/// one before. Ordered by cost.
+enum class Recompute {
+  none,
+  norms,  // what the norms and SwiGLU put out: elementwise work, 2C + F of a token's activations
+  block,  // all but the layer's residual input and its 1/rms: most of another forward pass
+};
+inline constexpr Recompute kRecomputes[] = {Recompute::none, Recompute::norms, Recompute::block};
+std::string_view to_string(Recompute recompute);
+
 enum class LlamaOutput {
   losses,                // per token, forward only
   losses_and_gradients,  // call plan.backward(losses) next
@@ -82,8 +92,9 @@ struct LlamaValues {
 
 /// Records one forward pass into `plan`: embedding; per layer norm, fused QKV, RoPE, attention, output projection,
 /// residual + norm, fused gate/up, SwiGLU, down projection; final norm and head.
-/// `positions` is the length of the RoPE table and of the KV cache. Logits have the padded width.
+/// `positions` is the length of the RoPE table and of the KV cache. Logits have the padded width. `recompute` says what
+/// plan.backward() will compute again.
 LlamaValues record_llama(Plan& plan, const LlamaConfig& config, const StorageLayout& layout, BatchShape batch,
-                         LlamaOutput output, std::int64_t positions);
+                         LlamaOutput output, std::int64_t positions, Recompute recompute = Recompute::none);
 
 }  // namespace kiln

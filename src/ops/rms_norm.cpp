@@ -5,6 +5,7 @@
 
 #include "core/parallel.h"
 #include "ops/checks.h"
+#include "ops/rms_scale.h"
 #include "ops/simd.h"
 
 namespace kiln {
@@ -57,6 +58,12 @@ void RmsNorm::gradient(GradientContext& context) const {
   }
   if (options_.residual && context.needs_gradient(2)) context.set_grad_in(2, out[0]);
   if (context.needs_gradient(1)) context.set_grad_in(1, out[1]);
+}
+
+ValueId RmsNorm::recompute(GradientContext& context, int output) const {
+  const ValueId r = options_.residual ? context.out(2) : context.in(0), rstd = context.out(1);
+  if (output != 0 || context.is_recomputed(r) || context.is_recomputed(rstd)) return {};
+  return context.add(std::make_shared<RmsScale>(), {r, context.in(1), rstd}, "norm.again")[0];
 }
 
 Cost RmsNorm::cost(std::span<const TensorSpec> in) const {

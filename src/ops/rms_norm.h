@@ -22,6 +22,8 @@ class RmsNorm final : public Op {
   std::string_view name() const override { return options_.residual ? "add_rms_norm" : "rms_norm"; }
   std::vector<TensorSpec> infer(std::span<const TensorSpec> in) const override;
   void gradient(GradientContext& context) const override;
+  /// y from r and rstd, where those are not recomputed themselves (ops/rms_scale.h).
+  ValueId recompute(GradientContext& context, int output) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
   const Options& options() const { return options_; }

@@ -63,10 +63,8 @@ std::span<const Spelling<WeightPrecision>> spellings() {
 }
 template <>
 std::span<const Spelling<Recompute>> spellings() {
-  static constexpr Spelling<Recompute> kAll[] = {{"auto", Recompute::automatic},
-                                                 {"none", Recompute::none},
-                                                 {"norms", Recompute::norms},
-                                                 {"block", Recompute::block}};
+  static constexpr Spelling<Recompute> kAll[] = {
+      {"none", Recompute::none}, {"norms", Recompute::norms}, {"block", Recompute::block}};
   return kAll;
 }
 template <>
@@ -170,7 +168,9 @@ const std::vector<Field>& fields() {
       KILN_FIELD("data.seq_len", data.seq_len, "tokens of a sample"),
       KILN_FIELD("data.tokenizer", data.tokenizer, "SentencePiece model, copied into checkpoints"),
       KILN_FIELD("batch.sequences", batch.sequences, "samples of a step over all ranks"),
-      KILN_FIELD("batch.micro", batch.micro, "samples of one pass of a rank; auto: about 2048 tokens on the CPU"),
+      KILN_FIELD(
+          "batch.micro", batch.micro,
+          "samples of one pass of a rank; auto: 2048 tokens on the CPU, 2^26/C on a GPU, less where memory asks"),
       KILN_FIELD("schedule.kind", schedule.kind, "constant | linear | cosine | wsd"),
       KILN_FIELD("schedule.peak_lr", schedule.peak_lr, "learning rate after warm-up"),
       KILN_FIELD("schedule.warmup_steps", schedule.warmup_steps, "linear warm-up from 0"),
@@ -192,8 +192,9 @@ const std::vector<Field>& fields() {
       KILN_FIELD("optimizer.states", optimizer.states, "fp32 | bf16 | int8"),
       KILN_FIELD("optimizer.clip_norm", optimizer.clip_norm, "largest global gradient norm; 0: no clipping"),
       KILN_FIELD("precision.weights", precision.weights, "fp32 | bf16_sr"),
-      KILN_FIELD("memory.budget", memory.budget, "bytes of one device, such as 24GiB"),
-      KILN_FIELD("memory.recompute", memory.recompute, "auto | none | norms | block"),
+      KILN_FIELD("memory.budget", memory.budget, "bytes of one rank, such as 24GiB; auto: the GPU's memory"),
+      KILN_FIELD("memory.recompute", memory.recompute,
+                 "auto (the first that fits) | none | norms (outputs of norms and SwiGLU) | block (whole layers)"),
       KILN_FIELD("memory.update", memory.update, "auto | after_backward | in_backward"),
       KILN_FIELD("parallel.zero", parallel.zero, "0 | 1"),
       KILN_FIELD("checkpoint.every", checkpoint.every, "steps between checkpoints; 0: only the last"),

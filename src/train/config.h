@@ -9,6 +9,7 @@
 #include "base/json.h"
 #include "core/dtype.h"
 #include "io/dataset.h"
+#include "model/llama.h"
 #include "optim/optimizer.h"
 #include "train/schedule.h"
 
@@ -17,7 +18,6 @@ namespace kiln {
 enum class Device { automatic, cpu, cuda };
 enum class WeightPrecision { fp32, bf16_sr };
 enum class StatePrecision { fp32, bf16, int8 };
-enum class Recompute { automatic, none, norms, block };
 enum class UpdatePlacement { automatic, after_backward, in_backward };
 
 /// A whole run, as its YAML file says it. An empty optional is `auto`: chosen from the rest.
@@ -64,7 +64,7 @@ struct Config {
   } precision;
   struct Memory {
     std::optional<std::uint64_t> budget;  // bytes
-    Recompute recompute = Recompute::automatic;
+    std::optional<Recompute> recompute;
     UpdatePlacement update = UpdatePlacement::automatic;
   } memory;
   struct Parallel {

@@ -50,7 +50,7 @@ void check_supported(const Config& config) {
   };
   // Without a device, run.device: cuda is refused where it is opened, which knows why there is none.
   const bool gpu = config.run.device != Device::cpu && cuda_device_present();
-  if (config.precision.weights != WeightPrecision::fp32 && !gpu)
+  if (config.precision.weights != WeightPrecision::fp32 && !gpu && config.run.device != Device::cuda)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
   if (config.optimizer.kind != OptimizerKind::adamw && gpu)
     refuse(fmt::format("optimizer.kind: {} on a GPU", to_string(config.optimizer.kind)),
@@ -59,8 +59,6 @@ void check_supported(const Config& config) {
     refuse("optimizer.states other than fp32", "optimizer.states: fp32");
   if (config.memory.update == UpdatePlacement::in_backward)
     refuse("memory.update: in_backward", "memory.update: after_backward");
-  if (config.memory.recompute == Recompute::norms || config.memory.recompute == Recompute::block)
-    refuse("memory.recompute other than none", "memory.recompute: none");
   if (config.parallel.zero != 0) refuse("parallel.zero: 1", "parallel.zero: 0");
   check(!config.run.dir.empty(), "run.dir is missing; name the directory of the run");
   check(!config.model.preset.empty() || config.model.hidden.has_value(),

@@ -40,6 +40,21 @@ std::unique_ptr<Backend> open_device(Device device) {
 #endif
 }
 
+std::unique_ptr<Backend> open_planning_device(Device device) {
+  if (device == Device::cpu || (device == Device::automatic && !cuda_device_present())) return make_cpu_backend();
+#ifdef KILN_WITH_CUDA
+  return cuda::make_planning_backend();
+#else
+  fail(ExitCode::usage,
+       "run.device: cuda, but this program was built without CUDA, whose kernels say what a plan needs on a GPU; build "
+       "with --preset cuda (no GPU is needed to plan), or use cpu");
+#endif
+}
+
+bool keeps_masters(const Config& config, const Backend& backend) {
+  return !backend.is_host() && config.precision.weights == WeightPrecision::fp32;
+}
+
 StorageLayout storage_layout(const Backend& backend) {
   return backend.is_host() ? StorageLayout(DType::f32) : StorageLayout(DType::bf16, 64);
 }

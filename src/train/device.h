@@ -27,8 +27,13 @@ Device parse_device(std::string_view name);
 /// Error when cuda is asked for and this build or machine has none.
 std::unique_ptr<Backend> open_device(Device device);
 
+/// What packs a plan as that device would, without one. A usage Error when a GPU is asked for in a build without CUDA.
+std::unique_ptr<Backend> open_planning_device(Device device);
+
 /// How a device stores a model's weights: f32 on the CPU; on a GPU bf16, sizes padded to 64.
 StorageLayout storage_layout(const Backend& backend);
+/// f32 masters, of which bf16 weights are the upper halves; the CPU's weights are f32 themselves.
+bool keeps_masters(const Config& config, const Backend& backend);
 
 /// Dense bf16 FLOP/s of the GPU as published, which MFU is counted against; 0 when unknown, and on the CPU.
 double published_flops_per_s(const Backend& backend);

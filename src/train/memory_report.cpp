@@ -5,27 +5,23 @@
 namespace kiln {
 namespace {
 
-constexpr std::uint64_t kFloatBytes = sizeof(float);
-
 std::uint64_t count(std::int64_t elements) { return static_cast<std::uint64_t>(elements); }
 
-std::int64_t rank_share(const Config& config, int ranks) { return config.batch.sequences / ranks; }
+/// What every number of a report is about: a device, and the ranks.
+struct Site {
+  const Backend& backend;
+  Communicator& communicator;
 
-TrainPlanOptions plan_options(const Config& config, int ranks) {
-  const BatchShape micro = micro_batch(config, ranks);
-  return {.model = model_config(config),
-          .optimizer = optimizer_options(config),
-          .micro = micro,
-          .micro_batches = static_cast<int>(rank_share(config, ranks) / micro.sequences),
-          .clip_norm = config.optimizer.clip_norm};
-}
+  PackedMemory packed(const Config& config, const MemoryChoice& choice) const {
+    return packed_memory(config, choice, backend, communicator);
+  }
+  MemoryChoice configured(const Config& config) const {
+    return configured_memory(config, communicator.size(), backend);
+  }
+};
 
 Config with_optimizer(Config config, OptimizerKind kind) {
   config.optimizer.kind = kind;
-  return config;
-}
-Config with_micro(Config config, std::int64_t micro) {
-  config.batch.micro = micro;
   return config;
 }
 /// The preset with the vocabulary of the configured model, which belongs to the data.
@@ -37,84 +33,103 @@ Config with_preset(Config config, std::string_view preset) {
   return config;
 }
 
-/// What each layer keeps a token: inputs of the two norms and what they put out, their two 1/rms, q, k, v, what
-/// attention puts out and the log of its denominator, gate, up and their product. The final norm keeps its input and
-/// 1/rms, the classifier the gradient of its input and the loss.
-std::uint64_t activation_elements(const LlamaConfig& c) {
+/// What the forward pass leaves, a token: elements in the model's dtype, and in f32 on a device (sums and logarithms).
+struct KeptElements {
+  std::int64_t real = 0, f32 = 0;
+};
+/// Of each layer the inputs of the two norms and what they put out, their two 1/rms, q, k, v, what attention puts out
+/// and the log of its denominator, gate, up and their product; less what is recomputed. The final norm keeps its input
+/// and 1/rms, the classifier the gradient of its input and the loss.
+KeptElements kept_elements(const LlamaConfig& c, Recompute recompute) {
   const std::int64_t heads = c.heads * c.head_dim, kv_heads = c.kv_heads * c.head_dim;
-  const std::int64_t layer = 4 * c.hidden + 2 * heads + 2 * kv_heads + c.heads + 3 * c.ffn + 2;
-  return count(c.layers * layer + 2 * c.hidden + 2);
+  KeptElements layer{.real = 4 * c.hidden + 2 * heads + 2 * kv_heads + 3 * c.ffn, .f32 = c.heads + 2};
+  if (recompute == Recompute::norms) layer.real -= 2 * c.hidden + c.ffn;
+  if (recompute == Recompute::block) layer = {.real = c.hidden, .f32 = 1};
+  return {.real = c.layers * layer.real + 2 * c.hidden, .f32 = c.layers * layer.f32 + 2};
 }
 
-std::uint64_t evaluation_bytes(const Config& config, const LlamaConfig& model, std::int64_t micro) {
-  if (config.data.valid.empty()) return 0;
-  Plan plan;
-  record_llama(plan, model, DType::f32, {.sequences = micro, .seq_len = config.data.seq_len}, LlamaOutput::losses,
-               config.data.seq_len);
-  return pack(plan, 1).arena_bytes;
-}
-
-std::vector<std::int64_t> divisors(std::int64_t number) {
-  std::vector<std::int64_t> list;
-  for (std::int64_t d = 1; d <= number; ++d)
-    if (number % d == 0) list.push_back(d);
-  return list;
-}
-
-/// Every micro-batch that the trainer would accept.
-std::vector<MicroMemory> micro_table(const Config& config, Communicator& communicator) {
+std::vector<MicroMemory> micro_table(const Config& config, Recompute recompute, const Site& site) {
   std::vector<MicroMemory> table;
-  for (const std::int64_t micro : divisors(rank_share(config, communicator.size())))
-    table.push_back({micro, packed_memory(with_micro(config, micro), communicator).total()});
+  for (const std::int64_t micro : micro_batches_of(config, site.communicator.size())) {
+    const MemoryChoice choice{.micro = {.sequences = micro, .seq_len = config.data.seq_len}, .recompute = recompute};
+    table.push_back({micro, site.packed(config, choice).total()});
+  }
   return table;
 }
 
-std::optional<std::int64_t> largest_within(const std::vector<MicroMemory>& table, std::uint64_t budget) {
-  std::optional<std::int64_t> largest;
-  for (const MicroMemory& row : table)
-    if (row.bytes <= budget) largest = row.micro;
-  return largest;
+/// Memory grows with the micro-batch, so the largest that fits is found by halving.
+std::optional<std::int64_t> largest_micro(const Config& config, Recompute recompute, const Site& site) {
+  if (!config.memory.budget) return {};
+  const std::vector<std::int64_t> sizes = micro_batches_of(config, site.communicator.size());
+  const auto fits = [&](std::int64_t micro) {
+    const MemoryChoice choice{.micro = {.sequences = micro, .seq_len = config.data.seq_len}, .recompute = recompute};
+    return site.packed(config, choice).total() <= *config.memory.budget;
+  };
+  const auto end = std::partition_point(sizes.begin(), sizes.end(), fits);
+  return end == sizes.begin() ? std::nullopt : std::optional(*(end - 1));
 }
 
-/// Memory grows with the rank, so the largest that fits is found by halving.
-std::optional<std::int64_t> largest_rank(Config config, Communicator& communicator) {
+/// Likewise with the rank.
+std::optional<std::int64_t> largest_rank(Config config, const Site& site) {
   const LlamaConfig model = model_config(config);
   std::int64_t fits = 0, fails = std::min(model.hidden, model.ffn) + 1;
   while (fails - fits > 1) {
     config.optimizer.rank = (fits + fails) / 2;
-    const bool within = packed_memory(config, communicator).total() <= *config.memory.budget;
+    const bool within = site.packed(config, site.configured(config)).total() <= *config.memory.budget;
     (within ? fits : fails) = config.optimizer.rank;
   }
   return fits > 0 ? std::optional(fits) : std::nullopt;
 }
 
-OptimizerMemory optimizer_memory(const Config& config, Communicator& communicator) {
-  const TrainPlanOptions options = plan_options(config, communicator.size());
-  OptimizerMemory memory{.kind = config.optimizer.kind,
-                         .formula = memory_formula(record_train_plan(options, communicator), options),
-                         .packed = packed_memory(config, communicator),
-                         .micro = micro_table(config, communicator),
-                         .largest_micro = {},
-                         .largest_rank = {}};
+OptimizerMemory optimizer_memory(const Config& config, const Site& site) {
+  const MemoryChoice choice = site.configured(config);
+  const TrainPlanOptions options = plan_options(config, choice, site.backend, site.communicator.size());
+  OptimizerMemory memory{
+      .kind = config.optimizer.kind,
+      .formula = memory_formula(record_train_plan(options, site.communicator), options, site.backend),
+      .packed = site.packed(config, choice),
+      .micro = micro_table(config, choice.recompute, site),
+      .largest_micro = largest_micro(config, choice.recompute, site),
+      .largest_rank = {},
+      .recompute = {},
+      .choice = choice};
+  for (const Recompute recompute : kRecomputes)
+    memory.recompute.push_back({.recompute = recompute,
+                                .bytes = site.packed(config, {choice.micro, recompute}).total(),
+                                .largest_micro = largest_micro(config, recompute, site)});
   if (!config.memory.budget) return memory;
-  memory.largest_micro = largest_within(memory.micro, *config.memory.budget);
-  if (config.optimizer.kind != OptimizerKind::adamw) memory.largest_rank = largest_rank(config, communicator);
+  memory.choice = memory_within(config, *config.memory.budget, site.backend, site.communicator);
+  if (config.optimizer.kind != OptimizerKind::adamw) memory.largest_rank = largest_rank(config, site);
   return memory;
 }
 
-PresetMemory preset_memory(const Config& config, std::string_view name, Communicator& communicator) {
+PresetMemory preset_memory(const Config& config, std::string_view name, const MemoryReport& report, const Site& site) {
   const Config preset = with_preset(config, name);
   PresetMemory memory{
       .name = std::string(name), .parameters = model_config(preset).parameter_count(), .optimizers = {}};
-  for (const OptimizerKind kind : optimizer_kinds()) {
-    const Config one = with_optimizer(preset, kind);
-    PresetMemory::Entry entry{.kind = kind, .smallest = {}, .largest_micro = {}};
-    entry.smallest = {1, packed_memory(with_micro(one, 1), communicator).total()};
+  for (const OptimizerMemory& optimizer : report.optimizers) {
+    const Config one = with_optimizer(preset, optimizer.kind);
+    PresetMemory::Entry entry{.kind = optimizer.kind, .smallest = {}, .largest_micro = {}};
+    for (const Recompute recompute : kRecomputes) {
+      entry.recompute = config.memory.recompute.value_or(recompute);
+      const BatchShape least{.sequences = 1, .seq_len = config.data.seq_len};
+      entry.smallest = {1, site.packed(one, {least, entry.recompute}).total()};
+      if (!config.memory.budget || config.memory.recompute || entry.smallest.bytes <= *config.memory.budget) break;
+    }
     if (config.memory.budget && entry.smallest.bytes <= *config.memory.budget)
-      entry.largest_micro = largest_within(micro_table(one, communicator), *config.memory.budget);
+      entry.largest_micro = largest_micro(one, entry.recompute, site);
     memory.optimizers.push_back(entry);
   }
   return memory;
+}
+
+/// Whether the device has a kernel for every node of a training step.
+bool runs(const Config& config, const Site& site) {
+  const TrainPlan train = record_train_plan(
+      plan_options(config, site.configured(config), site.backend, site.communicator.size()), site.communicator);
+  for (std::size_t n = 0; n < train.plan.nodes().size(); ++n)
+    if (!site.backend.has_kernel(train.plan, {n, 1})) return false;
+  return true;
 }
 
 }  // namespace
@@ -139,47 +154,48 @@ std::string_view state_formula(OptimizerKind kind) {
   return "unknown";
 }
 
-MemoryFormula memory_formula(const TrainPlan& train, const TrainPlanOptions& options) {
-  MemoryFormula formula;
-  formula.weights = formula.gradients = kFloatBytes * count(options.model.parameter_count());
+MemoryFormula memory_formula(const TrainPlan& train, const TrainPlanOptions& options, const Backend& backend) {
+  const std::uint64_t real = size_of(options.layout.dtype), wide = sizeof(float);
+  const std::uint64_t parameters = count(options.model.parameter_count()), tokens = count(options.micro.tokens());
+  const KeptElements kept = kept_elements(options.model, options.recompute);
+  MemoryFormula formula{.weights = parameters * (options.masters ? wide : real),
+                        .gradients = parameters * wide,
+                        .activations = tokens * (real * count(kept.real) + wide * count(kept.f32))};
   for (const Parameter& parameter : train.table.parameters)
-    formula.states += kFloatBytes * state_elements(parameter, options.optimizer);
-  formula.activations = kFloatBytes * count(options.micro.tokens()) * activation_elements(options.model);
-  for (const Node& node : train.plan.nodes())
-    formula.workspace =
-        std::max<std::uint64_t>(formula.workspace, node.op->workspace_bytes(train.plan.input_specs(node)));
+    formula.states += wide * state_elements(parameter, options.optimizer);
+  for (std::size_t n = 0; n < train.plan.nodes().size();) {
+    const NodeGroup group = backend.group(train.plan, n);
+    formula.workspace = std::max<std::uint64_t>(formula.workspace, backend.workspace_bytes(train.plan, group));
+    n += group.count;
+  }
   return formula;
 }
 
-PackedMemory packed_memory(const Config& config, Communicator& communicator) {
-  const TrainPlanOptions options = plan_options(config, communicator.size());
-  const TrainPlan train = record_train_plan(options, communicator);
-  const Packing packing = pack(train.plan, options.micro_batches);
-  const auto peak = [&](Role role) { return packing.live_by_role[static_cast<std::size_t>(role)]; };
-  return {.weights = train.parameter_bytes(),
-          .states = train.state_bytes(),
-          .arena = packing.arena_bytes,
-          .evaluation = evaluation_bytes(config, options.model, config.eval.micro.value_or(options.micro.sequences)),
-          .peak_gradients = peak(Role::gradient),
-          .peak_activations = peak(Role::activation),
-          .peak_workspace = peak(Role::workspace)};
-}
-
-MemoryReport memory_report(const Config& config, Communicator& communicator) {
-  const TrainPlanOptions options = plan_options(config, communicator.size());
+MemoryReport memory_report(const Config& config, Communicator& communicator, const Backend& backend) {
+  const Site site{backend, communicator};
+  const MemoryChoice choice = site.configured(config);
+  const TrainPlanOptions options = plan_options(config, choice, backend, communicator.size());
   MemoryReport report{.name = config.run.name,
+                      .device = backend.name(),
                       .model = options.model,
-                      .micro = options.micro,
+                      .micro = choice.micro,
+                      .recompute = choice.recompute,
                       .micro_batches = options.micro_batches,
                       .rank = config.optimizer.rank,
                       .ranks = communicator.size(),
                       .budget = config.memory.budget,
                       .optimizers = {},
+                      .without_kernels = {},
                       .presets = {}};
-  for (const OptimizerKind kind : optimizer_kinds())
-    report.optimizers.push_back(optimizer_memory(with_optimizer(config, kind), communicator));
+  for (const OptimizerKind kind : optimizer_kinds()) {
+    const Config one = with_optimizer(config, kind);
+    if (runs(one, site))
+      report.optimizers.push_back(optimizer_memory(one, site));
+    else
+      report.without_kernels.push_back(kind);
+  }
   for (const std::string_view name : llama_preset_names())
-    report.presets.push_back(preset_memory(config, name, communicator));
+    report.presets.push_back(preset_memory(config, name, report, site));
   return report;
 }
 

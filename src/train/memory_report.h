@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "train/memory_plan.h"
 #include "train/trainer.h"
 
 namespace kiln {
@@ -16,7 +17,8 @@ struct MemoryFormula {
   std::uint64_t workspace = 0;    // the largest of any op
   std::uint64_t total() const { return weights + gradients + states + activations + workspace; }
 };
-MemoryFormula memory_formula(const TrainPlan& plan, const TrainPlanOptions& options);
+MemoryFormula memory_formula(const TrainPlan& plan, const TrainPlanOptions& options,
+                             const Backend& backend = cpu_backend());
 
 /// Elements of one parameter's optimizer states, for a matrix with sides m <= n and r = min(rank, m):
 ///   AdamW  2mn        GaLore  mr + 2nr        Fira  mr + 2nr + 1
@@ -24,20 +26,16 @@ MemoryFormula memory_formula(const TrainPlan& plan, const TrainPlanOptions& opti
 std::uint64_t state_elements(const Parameter& parameter, const OptimizerOptions& optimizer);
 std::string_view state_formula(OptimizerKind kind);
 
-/// Bytes of one rank as the trainer allocates them (Trainer::memory_bytes); tokens and the RoPE table are left out.
-struct PackedMemory {
-  std::uint64_t weights = 0, states = 0;
-  std::uint64_t arena = 0;       // gradients, activations and workspace, packed by lifetime
-  std::uint64_t evaluation = 0;  // the evaluator's arena, when there is validation data
-  std::uint64_t peak_gradients = 0, peak_activations = 0, peak_workspace = 0;  // at the arena's fullest moment
-  std::uint64_t total() const { return weights + states + arena + evaluation; }
-};
-/// Records the plan of `config` and packs it; nothing is allocated.
-PackedMemory packed_memory(const Config& config, Communicator& communicator);
-
 struct MicroMemory {
   std::int64_t micro = 1;
   std::uint64_t bytes = 0;
+};
+
+/// One way to recompute, at the micro-batch of the report.
+struct RecomputeMemory {
+  Recompute recompute = Recompute::none;
+  std::uint64_t bytes = 0;
+  std::optional<std::int64_t> largest_micro;  // within the budget
 };
 
 struct OptimizerMemory {
@@ -47,14 +45,18 @@ struct OptimizerMemory {
   std::vector<MicroMemory> micro;             // every micro-batch that divides the rank's share, ascending
   std::optional<std::int64_t> largest_micro;  // within the budget; nothing when none fits
   std::optional<std::int64_t> largest_rank;   // low-rank members, at the micro-batch of the configuration
+  std::vector<RecomputeMemory> recompute;     // every way, the cheapest in time first
+  std::optional<MemoryChoice> choice;         // what training takes within the budget
 };
 
 struct PresetMemory {
   std::string name;
   std::int64_t parameters = 0;
-  /// For each optimizer: bytes of its smallest micro-batch, and the largest one within the budget.
+  /// For each optimizer: bytes of its smallest micro-batch, and the largest one within the budget, both with the first
+  /// way to recompute that makes the smallest fit (the last way when none does).
   struct Entry {
     OptimizerKind kind;
+    Recompute recompute = Recompute::none;
     MicroMemory smallest;
     std::optional<std::int64_t> largest_micro;
   };
@@ -62,19 +64,22 @@ struct PresetMemory {
 };
 
 struct MemoryReport {
-  std::string name;  // of the run
+  std::string name;    // of the run
+  std::string device;  // that it plans for
   LlamaConfig model;
   BatchShape micro;
+  Recompute recompute = Recompute::none;  // of `packed` and `micro` below
   std::int64_t micro_batches = 1, rank = 0;
   int ranks = 1;
   std::optional<std::uint64_t> budget;
   std::vector<OptimizerMemory> optimizers;
+  std::vector<OptimizerKind> without_kernels;  // that the device cannot run
   std::vector<PresetMemory> presets;
 };
 
 /// What `kiln plan` reports: every optimizer of the family on the model of `config`, then every preset with its batch.
-/// The budget is `memory.budget`. Nothing is allocated. Collective.
-MemoryReport memory_report(const Config& config, Communicator& communicator);
+/// The budget is `memory.budget`. Nothing is allocated; the backend may be one that only plans. Collective.
+MemoryReport memory_report(const Config& config, Communicator& communicator, const Backend& backend = cpu_backend());
 
 Json to_json(const MemoryReport& report);
 std::string memory_tables(const MemoryReport& report);

@@ -28,7 +28,22 @@ Json packed_json(const PackedMemory& p) {
           {"arena_peak",
            {{"gradients", p.peak_gradients}, {"activations", p.peak_activations}, {"workspace", p.peak_workspace}}},
           {"evaluation", p.evaluation},
+          {"inputs", p.inputs},
           {"total", p.total()}};
+}
+
+Json recompute_json(const OptimizerMemory& memory) {
+  Json list = Json::array();
+  for (const RecomputeMemory& row : memory.recompute)
+    list.push_back({{"recompute", to_string(row.recompute)},
+                    {"bytes", row.bytes},
+                    {"largest_micro", optional_json(row.largest_micro)}});
+  return list;
+}
+
+Json choice_json(const std::optional<MemoryChoice>& choice) {
+  if (!choice) return nullptr;
+  return {{"micro", choice->micro.sequences}, {"recompute", to_string(choice->recompute)}};
 }
 
 /// Rows of a label and one cell for each optimizer.
@@ -74,6 +89,7 @@ void role_rows(Table& table, const MemoryReport& report) {
   bytes_row(table, report, "    activations", [](M m) { return m.packed.peak_activations; });
   bytes_row(table, report, "    workspace", [](M m) { return m.packed.peak_workspace; });
   bytes_row(table, report, "  evaluation", [](M m) { return m.packed.evaluation; });
+  if (report.device != "cpu") bytes_row(table, report, "  inputs and staging", [](M m) { return m.packed.inputs; });
   bytes_row(table, report, "  total", [](M m) { return m.packed.total(); });
   table.line("");
   table.row("states of an m x n matrix", cells(report, [](M m) { return std::string(state_formula(m.kind)); }));
@@ -102,6 +118,31 @@ void micro_rows(Table& table, const MemoryReport& report) {
             }));
 }
 
+/// "64 norms": a micro-batch and how it recomputes.
+std::string choice_text(const std::optional<MemoryChoice>& choice) {
+  return choice ? fmt::format("{} {}", choice->micro.sequences, to_string(choice->recompute)) : "none";
+}
+
+void recompute_rows(Table& table, const MemoryReport& report) {
+  using M = const OptimizerMemory&;
+  table.line("");
+  table.row(fmt::format("recompute, at micro {}", report.micro.sequences),
+            cells(report, [](M m) { return std::string(to_string(m.kind)); }));
+  for (std::size_t i = 0; i < std::size(kRecomputes); ++i) {
+    table.row(fmt::format("  {}", to_string(kRecomputes[i])),
+              cells(report, [&](M m) { return fitting(m.recompute[i].bytes, report.budget); }));
+    if (report.budget)
+      table.row("    largest micro-batch",
+                cells(report, [&](M m) { return number_or_none(m.recompute[i].largest_micro); }));
+  }
+  if (report.budget) table.row("training takes", cells(report, [](M m) { return choice_text(m.choice); }));
+}
+
+std::string preset_text(const PresetMemory::Entry& entry) {
+  const std::string micro = std::to_string(*entry.largest_micro);
+  return entry.recompute == Recompute::none ? micro : fmt::format("{} {}", micro, to_string(entry.recompute));
+}
+
 void preset_rows(Table& table, const MemoryReport& report) {
   table.line("");
   table.row(report.budget ? "preset, largest micro-batch" : "preset, micro-batch of 1",
@@ -110,7 +151,7 @@ void preset_rows(Table& table, const MemoryReport& report) {
     std::vector<std::string> row;
     for (const PresetMemory::Entry& entry : preset.optimizers)
       row.push_back(!report.budget        ? human_bytes(entry.smallest.bytes)
-                    : entry.largest_micro ? std::to_string(*entry.largest_micro)
+                    : entry.largest_micro ? preset_text(entry)
                                           : fmt::format("no, {}", human_bytes(entry.smallest.bytes)));
     table.row(fmt::format("  {:<12}{:>8}", preset.name, human_count(static_cast<double>(preset.parameters))), row);
   }
@@ -120,15 +161,19 @@ void preset_rows(Table& table, const MemoryReport& report) {
 
 Json to_json(const MemoryReport& report) {
   Json json{{"name", report.name},
+            {"device", report.device},
             {"parameters", report.model.parameter_count()},
             {"seq_len", report.micro.seq_len},
             {"micro", report.micro.sequences},
+            {"recompute", to_string(report.recompute)},
             {"micro_batches", report.micro_batches},
             {"ranks", report.ranks},
             {"rank", report.rank},
             {"budget_bytes", optional_json(report.budget)},
             {"optimizers", Json::array()},
+            {"without_kernels", Json::array()},
             {"presets", Json::array()}};
+  for (const OptimizerKind kind : report.without_kernels) json["without_kernels"].push_back(to_string(kind));
   for (const OptimizerMemory& memory : report.optimizers) {
     Json micro = Json::array();
     for (const MicroMemory& row : memory.micro) {
@@ -139,6 +184,8 @@ Json to_json(const MemoryReport& report) {
                                   {"formula", formula_json(memory)},
                                   {"packed", packed_json(memory.packed)},
                                   {"micro", micro},
+                                  {"recompute", recompute_json(memory)},
+                                  {"choice", choice_json(memory.choice)},
                                   {"largest_micro", optional_json(memory.largest_micro)},
                                   {"largest_rank", optional_json(memory.largest_rank)}});
   }
@@ -146,6 +193,7 @@ Json to_json(const MemoryReport& report) {
     Json entries = Json::array();
     for (const PresetMemory::Entry& entry : preset.optimizers)
       entries.push_back({{"optimizer", to_string(entry.kind)},
+                         {"recompute", to_string(entry.recompute)},
                          {"bytes_at_micro_1", entry.smallest.bytes},
                          {"largest_micro", optional_json(entry.largest_micro)}});
     json["presets"].push_back({{"name", preset.name}, {"parameters", preset.parameters}, {"optimizers", entries}});
@@ -155,12 +203,16 @@ Json to_json(const MemoryReport& report) {
 
 std::string memory_tables(const MemoryReport& report) {
   Table table;
-  table.line(fmt::format("{}: {} parameters, sequences of {}, {} micro-batch{} of {} a step on each of {} rank{}\n",
-                         report.name, human_count(static_cast<double>(report.model.parameter_count())),
+  table.line(fmt::format("{}: {} parameters on {}, sequences of {}, {} micro-batch{} of {} a step on each of {} rank{}",
+                         report.name, human_count(static_cast<double>(report.model.parameter_count())), report.device,
                          report.micro.seq_len, report.micro_batches, report.micro_batches == 1 ? "" : "es",
                          report.micro.sequences, report.ranks, report.ranks == 1 ? "" : "s"));
+  for (const OptimizerKind kind : report.without_kernels)
+    table.line(fmt::format("{}: no kernels on this device yet; trains on the CPU", to_string(kind)));
+  table.line("");
   role_rows(table, report);
   micro_rows(table, report);
+  recompute_rows(table, report);
   preset_rows(table, report);
   return table.text();
 }

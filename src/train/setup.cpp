@@ -51,8 +51,11 @@ OptimizerOptions optimizer_options(const Config& config) {
           .seed = config.run.seed};
 }
 
-BatchShape micro_batch(const Config& config, int ranks) {
-  constexpr std::int64_t kTokens = 2048;  // keeps a layer's activations near the caches
+BatchShape micro_batch(const Config& config, int ranks, const Backend& backend) {
+  // The CPU's keeps a layer's activations near the caches. A GPU's amortises what is done once a micro-batch: reading
+  // the weights and adding to their gradients. Measured on an H100 at T 256: 60M (C 512) is fastest at 131,072 tokens,
+  // 350M (1024) does not gain above 32,768, nor 1B (2048) above 16,384.
+  const std::int64_t most = backend.is_host() ? 2048 : (std::int64_t{1} << 26) / model_config(config).hidden;
   const std::int64_t sequences = config.batch.sequences;
   check(sequences % ranks == 0, "batch.sequences: {} do not divide over {} ranks; make it a multiple of {}", sequences,
         ranks, ranks);
@@ -63,7 +66,7 @@ BatchShape micro_batch(const Config& config, int ranks) {
     check(share % micro == 0, "batch.micro: {} does not divide the {} sequences of a rank", micro, share);
   } else {
     for (std::int64_t m = 1; m <= share; ++m)
-      if (share % m == 0 && (m == 1 || m * config.data.seq_len <= kTokens)) micro = m;
+      if (share % m == 0 && (m == 1 || m * config.data.seq_len <= most)) micro = m;
   }
   return {.sequences = micro, .seq_len = config.data.seq_len};
 }

@@ -120,6 +120,7 @@ StepBench bench_step(const StepBenchOptions& o) {
                                       .micro_batches = o.micro_batches,
                                       .clip_norm = o.clip_norm,
                                       .layout = storage_layout(*backend),
+                                      .recompute = o.recompute,
                                       .masters = o.masters && !backend->is_host()},
                                      *communicator);
   Bench bench(o, std::move(backend), std::move(plan));

@@ -31,7 +31,7 @@ TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& commu
                   .states = {}};
   Plan& plan = train.plan;
   train.values = record_llama(plan, options.model, options.layout, options.micro, LlamaOutput::losses_and_gradients,
-                              options.micro.seq_len);
+                              options.micro.seq_len, options.recompute);
   plan.add(std::make_shared<LossSum>(), {train.values.losses, train.values.scalars}, "loss");
   plan.backward(train.values.losses);
   if (options.masters)

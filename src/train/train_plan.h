@@ -15,6 +15,7 @@ struct TrainPlanOptions {
   int micro_batches = 1;   // a step, on each rank
   double clip_norm = 1.0;  // 0: no clipping
   StorageLayout layout = DType::f32;
+  Recompute recompute = Recompute::none;
   bool masters = false;  // bf16 weights are the upper halves of f32 masters
 };
 

@@ -20,11 +20,6 @@ namespace {
 
 bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
-/// f32 masters, of which bf16 weights are the upper halves; the CPU's weights are f32 themselves.
-bool keeps_masters(const Config& config, const Backend& backend) {
-  return !backend.is_host() && config.precision.weights == WeightPrecision::fp32;
-}
-
 std::filesystem::path snapshots_of(const Config& config) { return std::filesystem::path(config.run.dir) / "snapshots"; }
 
 }  // namespace
@@ -65,17 +60,12 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       communicator_(communicator),
       options_(options),
       model_(model_config(config)),
-      micro_(micro_batch(config, communicator.size())),
       data_(config.data.train, config.data.seq_len, model_.vocab, config.run.seed),
       backend_(open_device(config.run.device)),
+      memory_(choose_memory(config, *backend_, communicator)),
+      micro_(memory_.micro),
       device_communicator_(make_device_communicator(communicator, *backend_)),
-      train_(record_train_plan({.model = model_,
-                                .optimizer = optimizer_options(config),
-                                .micro = micro_,
-                                .micro_batches = micro_batches(),
-                                .clip_norm = config.optimizer.clip_norm,
-                                .layout = storage_layout(*backend_),
-                                .masters = keeps_masters(config, *backend_)},
+      train_(record_train_plan(plan_options(config, memory_, *backend_, communicator.size()),
                                device_communicator_ ? *device_communicator_ : communicator)),
       weights_(model_, DType::f32),
       states_(weights_.table(), *train_.optimizer),
@@ -92,6 +82,8 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
     fail(ExitCode::data, "data.tokenizer: {}: no such file; make it with `kiln tokenize`, or leave the key out",
          config.data.tokenizer);
   launched_.reserve(2);
+  if (!options.quiet && communicator.rank() == 0 && (config.memory.budget || !backend_->is_host()))
+    log_info("micro-batches of {} sequences, memory.recompute {}", micro_.sequences, to_string(memory_.recompute));
   initialise(weights_, config.run.seed);
   device_weights_.push();
   for (std::size_t s = 0; s < device_weights_.count(); ++s)

@@ -10,6 +10,7 @@
 #include "train/config.h"
 #include "train/device_memory.h"
 #include "train/evaluator.h"
+#include "train/memory_plan.h"
 #include "train/run_state.h"
 #include "train/train_plan.h"
 
@@ -100,10 +101,11 @@ class Trainer {
   Communicator& communicator_;
   TrainerOptions options_;
   LlamaConfig model_;
-  BatchShape micro_;  // one micro-batch of this rank
   Dataset data_;
   std::optional<Dataset> valid_;
   std::unique_ptr<Backend> backend_;
+  MemoryChoice memory_;
+  BatchShape micro_;                                   // one micro-batch of this rank
   std::unique_ptr<Communicator> device_communicator_;  // sums tensors of the device; null where the host's can
   TrainPlan train_;
   ModelWeights weights_;  // on the host: what files hold
@@ -128,8 +130,9 @@ class Trainer {
 LlamaConfig model_config(const Config& config);
 OptimizerOptions optimizer_options(const Config& config);
 /// Sequences of one rank's micro-batch: the configured one, or with `auto` the largest divisor of the rank's share that
-/// holds at most 2048 tokens. A usage Error when the ranks do not divide the batch, or the micro-batch the share.
-BatchShape micro_batch(const Config& config, int ranks);
+/// holds at most 2048 tokens on the CPU, 2^26 / C on a GPU. A usage Error when the ranks do not divide the batch, or
+/// the micro-batch the share.
+BatchShape micro_batch(const Config& config, int ranks, const Backend& backend = cpu_backend());
 /// Threads of one rank: run.threads, else OMP_NUM_THREADS, else the processors that this process may use, shared out
 /// between the ranks of the machine.
 int rank_threads(const Config& config);

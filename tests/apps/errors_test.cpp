@@ -24,6 +24,12 @@ TEST_CASE("usage and configuration errors exit with 2 and name the place") {
   expect(fresh("KILN train DIR/c.yaml model.heads=5"), 2, "expected a multiple of model.heads 5");
 }
 
+TEST_CASE("a budget that nothing fits exits with 4 and says both numbers") {
+  const Workspace at;
+  expect(at("KILN train DIR/c.yaml memory.budget=1000"), 4, "memory.budget: 1000 bytes, but training needs");
+  expect(at("KILN plan DIR/c.yaml --budget 1000"), 0, "training takes");
+}
+
 TEST_CASE("bad data exits with 3 and names the file") {
   const Workspace at;
   expect(at("KILN train DIR/c.yaml data.train=DIR/none*"), 3, "no file matches");

@@ -10,14 +10,15 @@ namespace kiln {
 /// A recorded model with its memory: what the model tests run. The weights must outlive it.
 class LlamaRun {
  public:
-  LlamaRun(const ModelWeights& weights, DType dtype, BatchShape shape, LlamaOutput output)
+  LlamaRun(const ModelWeights& weights, DType dtype, BatchShape shape, LlamaOutput output,
+           Recompute recompute = Recompute::none)
       : weights_(weights),
         tokens_({{shape.tokens()}, DType::i32}),
         targets_({{shape.tokens()}, DType::i32}),
         first_({{1}, DType::i32}),
         rope_table_({{shape.seq_len, weights.config().head_dim}, dtype}),
         scalars_(scalars_spec()) {
-    values_ = record_llama(plan_, weights.config(), dtype, shape, output, shape.seq_len);
+    values_ = record_llama(plan_, weights.config(), dtype, shape, output, shape.seq_len, recompute);
     if (output == LlamaOutput::losses_and_gradients) {
       plan_.backward(values_.losses);
       for (const ValueId storage : values_.storages) plan_.keep(plan_.gradient(storage));
@@ -52,6 +53,9 @@ class LlamaRun {
     });
     return sum * scalar(scalars_.view(), Scalar::loss_scale);
   }
+  Tensor losses() const { return executor_->tensor(values_.losses); }
+  const Plan& plan() const { return plan_; }
+  std::size_t arena_bytes() const { return executor_->packing().arena_bytes; }
   Tensor logits() const { return executor_->tensor(values_.logits); }
   Tensor gradient(const Parameter& parameter) const {
     const ValueId storage = values_.storages[parameter.storage];

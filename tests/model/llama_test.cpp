@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -29,7 +30,7 @@ std::int64_t elements(const ParameterTable& table) {
                          [](std::int64_t sum, const Parameter& p) { return sum + p.shape.numel(); });
 }
 
-void check_gradients(const LlamaConfig& config) {
+void check_gradients(const LlamaConfig& config, Recompute recompute = Recompute::none) {
   const ModelWeights weights(config, DType::f64);
   initialise(weights, 7);
   const BatchShape shape{.sequences = 2, .seq_len = 9};
@@ -38,7 +39,7 @@ void check_gradients(const LlamaConfig& config) {
     tokens.push_back((5 * i + 3) % 13);
     targets.push_back(i % 7 == 4 ? -100 : (3 * i + 1) % 13);
   }
-  LlamaRun trained(weights, DType::f64, shape, LlamaOutput::losses_and_gradients);
+  LlamaRun trained(weights, DType::f64, shape, LlamaOutput::losses_and_gradients, recompute);
   trained.set_batch(tokens, targets);
   trained.run();
   LlamaRun forward(weights, DType::f64, shape, LlamaOutput::losses);
@@ -77,6 +78,100 @@ TEST_CASE("gradients of a tied LLaMA match central differences") {
   LlamaConfig config = tiny_config();
   config.tied = true;
   check_gradients(config);
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) { return std::memcmp(a.data, b.data, a.bytes()) == 0; }
+
+TEST_CASE("recomputation changes no bit of the loss or of any gradient") {
+  for (const bool tied : {false, true}) {
+    LlamaConfig config = tiny_config();
+    config.tied = tied;
+    config.layers = 3;
+    const ModelWeights weights(config, DType::f32);
+    initialise(weights, 5);
+    const BatchShape shape{.sequences = 3, .seq_len = 11};
+    std::vector<std::int32_t> tokens, targets;
+    for (std::int32_t i = 0; i < shape.tokens(); ++i) {
+      tokens.push_back((5 * i + 3) % 13);
+      targets.push_back(i % 7 == 4 ? -100 : (3 * i + 1) % 13);
+    }
+    auto run = [&](Recompute recompute) {
+      auto model = std::make_unique<LlamaRun>(weights, DType::f32, shape, LlamaOutput::losses_and_gradients, recompute);
+      model->set_batch(tokens, targets);
+      model->run();
+      return model;
+    };
+    const auto none = run(Recompute::none);
+    for (const Recompute recompute : {Recompute::norms, Recompute::block}) {
+      INFO(to_string(recompute) << (tied ? ", tied" : ""));
+      const auto again = run(recompute);
+      CHECK(same_bits(none->losses(), again->losses()));
+      for (const Parameter& parameter : weights.table().parameters) {
+        INFO(parameter.name);
+        CHECK(same_bits(none->gradient(parameter), again->gradient(parameter)));
+      }
+    }
+  }
+}
+
+TEST_CASE("gradients of recomputed layers match central differences") {
+  for (const Recompute recompute : {Recompute::norms, Recompute::block}) check_gradients(tiny_config(), recompute);
+}
+
+/// Names of the nodes that run after the classifier, in order.
+std::vector<std::string> backward_ops(Recompute recompute) {
+  Plan plan;
+  LlamaConfig config = tiny_config();
+  config.layers = 2;
+  const LlamaValues values = record_llama(plan, config, DType::f32, {.sequences = 2, .seq_len = 8},
+                                          LlamaOutput::losses_and_gradients, 8, recompute);
+  const std::size_t forward = plan.nodes().size();
+  plan.backward(values.losses);
+  std::vector<std::string> names;
+  for (std::size_t n = forward; n < plan.nodes().size(); ++n) names.emplace_back(plan.nodes()[n].op->name());
+  return names;
+}
+
+TEST_CASE("recomputed nodes stand in forward order right before the gradients of their layer") {
+  const std::vector<std::string> none = backward_ops(Recompute::none), norms = backward_ops(Recompute::norms),
+                                 block = backward_ops(Recompute::block);
+  CHECK(norms.size() == none.size() + 2 * 3);
+  // Not the down projection, whose result no gradient reads, and no whole norm where its 1/rms stayed.
+  const std::vector<std::string> again{"rms_scale", "linear",       "rope",   "attention",
+                                       "linear",    "add_rms_norm", "linear", "swiglu"};
+  CHECK(block.size() == none.size() + 2 * again.size());
+  const auto first = std::search(block.begin(), block.end(), again.begin(), again.end());
+  REQUIRE(first != block.end());
+  CHECK(first == block.begin() + 1);  // after the final norm's gradient
+  CHECK(std::search(first + 1, block.end(), again.begin(), again.end()) != block.end());
+  std::vector<std::string> rest;
+  for (const std::string& name : block)
+    if (std::ranges::find(again, name) == again.end()) rest.push_back(name);
+  CHECK(rest == none);  // the gradients themselves are the same, in the same order
+}
+
+TEST_CASE("recomputation leaves of a layer what its policy says") {
+  LlamaConfig config = tiny_config();
+  config.hidden = 48;
+  config.ffn = 128;
+  config.head_dim = 12;
+  const BatchShape shape{.sequences = 4, .seq_len = 64};
+  auto arena = [&](Recompute recompute, std::int64_t layers) {
+    config.layers = layers;
+    Plan plan;
+    const LlamaValues values =
+        record_llama(plan, config, DType::f32, shape, LlamaOutput::losses_and_gradients, shape.seq_len, recompute);
+    plan.backward(values.losses);
+    return static_cast<double>(pack(plan, 1).arena_bytes);
+  };
+  // Bytes that one more layer adds, over those of a token's activation element.
+  const double unit = 4.0 * static_cast<double>(shape.tokens());
+  auto layer = [&](Recompute recompute) { return (arena(recompute, 12) - arena(recompute, 6)) / 6 / unit; };
+  const auto c = static_cast<double>(config.hidden), f = static_cast<double>(config.ffn);
+  const double none = layer(Recompute::none), norms = layer(Recompute::norms), block = layer(Recompute::block);
+  CHECK(none - norms == Approx(2 * c + f).epsilon(0.01));
+  CHECK(block >= c);  // the residual input and 1/rms; gradients of parameters come on top in all three
+  CHECK(none - block == Approx(3 * c + 2 * 48 + 2 * 24 + 4 + 3 * f + 1).epsilon(0.01));
 }
 
 TEST_CASE("the parameter table holds every element once") {

@@ -10,6 +10,7 @@
 #include "ops/linear.h"
 #include "ops/op_case.h"
 #include "ops/rms_norm.h"
+#include "ops/rms_scale.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
 
@@ -399,6 +400,23 @@ TEST_CASE("attention over a cache, in pieces, equals attention at once") {
   }
   REQUIRE(found.size() == expected.size());
   for (std::size_t i = 0; i < found.size(); ++i) CHECK(found[i] == Approx(expected[i]).epsilon(1e-10).margin(1e-12));
+}
+
+TEST_CASE("rms_scale gives the bits of the norm's output again") {
+  const std::int64_t n = 37, width = 29;
+  HostTensor x({{n, width}, DType::f32}), w({{width}, DType::f32}), y(x.view().spec), again(x.view().spec);
+  HostTensor rstd({{n}, DType::f32});
+  std::ranges::copy(random_values(n * width, 1), x.span<float>().begin());
+  std::ranges::copy(random_values(width, 2), w.span<float>().begin());
+  const std::vector<Tensor> in{x.view(), w.view()}, out{y.view(), rstd.view()};
+  RmsNorm({}).run_cpu({.in = in, .out = out});
+  const std::vector<Tensor> kept{x.view(), w.view(), rstd.view()}, copy{again.view()};
+  CHECK(RmsScale().infer(std::vector<TensorSpec>{x.view().spec, w.view().spec, rstd.view().spec}).front() ==
+        y.view().spec);
+  RmsScale().run_cpu({.in = kept, .out = copy});
+  CHECK(std::ranges::equal(y.span<float>(), again.span<float>()));
+  CHECK_THROWS_WITH(RmsScale().infer(std::vector<TensorSpec>{x.view().spec, rstd.view().spec, rstd.view().spec}),
+                    ContainsSubstring("rms_scale"));
 }
 
 TEST_CASE("the last row is the last row") {

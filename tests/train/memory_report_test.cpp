@@ -4,10 +4,12 @@
 
 #include <atomic>
 #include <filesystem>
+#include <map>
 
 #include "catch.h"
 #include "graph/packing.h"
 #include "io/shard.h"
+#include "train/device.h"
 
 using namespace kiln;
 
@@ -138,6 +140,131 @@ TEST_CASE("Formula and counted states agree for every preset", "[memory_report]"
   }
 }
 
+TEST_CASE("The activations of the formula are those that each way to recompute leaves", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  for (const std::string_view preset : {"llama_9m", "llama_350m"})
+    for (const Recompute recompute : kRecomputes) {
+      CAPTURE(preset, to_string(recompute));
+      Config config;
+      config.model.preset = preset;
+      TrainPlanOptions options = options_of(config);
+      options.recompute = recompute;
+      const TrainPlan plan = record_train_plan(options, *communicator);
+      CHECK(memory_formula(plan, options).activations == activations_kept_for_backward(plan.plan));
+    }
+}
+
+TEST_CASE("auto takes the first choice within the budget, and says what is missing", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  Backend& cpu = cpu_backend();
+  Config config = small_config();
+  auto bytes = [&](std::int64_t micro, Recompute recompute) {
+    const MemoryChoice choice{.micro = {.sequences = micro, .seq_len = config.data.seq_len}, .recompute = recompute};
+    return packed_memory(config, choice, cpu, *communicator).total();
+  };
+  auto chosen = [&](std::uint64_t budget) {
+    config.memory.budget = budget;
+    const MemoryChoice choice = choose_memory(config, cpu, *communicator);
+    CHECK(packed_memory(config, choice, cpu, *communicator).total() <= budget);
+    return std::pair(choice.micro.sequences, choice.recompute);
+  };
+  using Choice = std::pair<std::int64_t, Recompute>;
+  config.batch.sequences = 48;
+  config.batch.micro = 16;
+  CHECK(bytes(16, Recompute::norms) < bytes(16, Recompute::none));
+  CHECK(bytes(16, Recompute::block) < bytes(16, Recompute::norms));
+  CHECK(choose_memory(config, cpu, *communicator).recompute == Recompute::none);  // no budget
+  for (const Recompute recompute : kRecomputes) CHECK(chosen(bytes(16, recompute)) == Choice(16, recompute));
+  CHECK_THROWS_WITH(chosen(bytes(16, Recompute::block) - 1),
+                    ContainsSubstring(std::to_string(bytes(16, Recompute::block))) &&
+                        ContainsSubstring(std::to_string(bytes(16, Recompute::block) - 1)) &&
+                        ContainsSubstring("memory.budget"));
+  try {
+    chosen(1);
+    FAIL("a byte was enough");
+  } catch (const Error& error) {
+    CHECK(error.code() == ExitCode::resource);
+  }
+
+  config.batch.micro.reset();  // 48 sequences of 32 tokens are one micro-batch, unless memory asks for less
+  CHECK(chosen(bytes(48, Recompute::none)) == Choice(48, Recompute::none));
+  CHECK(chosen(bytes(48, Recompute::none) - 1) == Choice(24, Recompute::none));
+  const std::uint64_t least = bytes(6, Recompute::none) - 1;  // an eighth of 48 and less is worth recomputing for
+  CHECK(chosen(least).second != Recompute::none);
+  CHECK(chosen(least).first >= 6);
+  config.memory.recompute = Recompute::none;
+  CHECK(chosen(least).second == Recompute::none);
+  CHECK(chosen(least).first < 6);
+}
+
+TEST_CASE("Training under a budget takes what fits and learns the same", "[memory_report]") {
+  const TempDir temp;
+  std::vector<std::int32_t> tokens(1000);
+  for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<std::int32_t>(i * i % 97);
+  TokenShardWriter shard(temp.path / "data.bin", 100);
+  shard.append(tokens);
+  shard.finish();
+  const auto communicator = make_local_communicator();
+  Config config = small_config();
+  config.data.train = {{(temp.path / "data.bin").string(), 1.0}};
+  config.run.dir = (temp.path / "run").string();
+  config.batch.micro = 6;
+  const MemoryChoice block{.micro = {.sequences = 6, .seq_len = config.data.seq_len}, .recompute = Recompute::block};
+  const std::uint64_t budget = packed_memory(config, block, cpu_backend(), *communicator).total();
+  const TrainerOptions options{.quiet = true, .write_files = false};
+  Trainer free(config, *communicator, options);
+  config.memory.budget = budget;
+  Trainer tight(config, *communicator, options);
+  CHECK(tight.memory_bytes() == budget);
+  CHECK(tight.memory_bytes() < free.memory_bytes());
+  for (int step = 0; step < 3; ++step) {
+    const StepMetrics a = free.step(), b = tight.step();
+    CHECK(a.loss == b.loss);
+    CHECK(a.grad_norm == b.grad_norm);
+  }
+}
+
+#ifdef KILN_WITH_CUDA
+TEST_CASE("A plan for a GPU needs none", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  const auto gpu = open_planning_device(Device::cuda);
+  if (gpu->is_host()) return;
+  Config config;
+  config.model.preset = "llama_60m";
+  config.batch.sequences = 512;
+  config.run.dir = "unused";
+  const MemoryChoice choice = configured_memory(config, 1, *gpu);
+  CHECK(choice.micro.sequences == 512);  // 131,072 tokens at C 512
+  /// Pairs that the GPU takes in one kernel.
+  auto pairs = [&](Recompute recompute) {
+    const TrainPlan train = record_train_plan(plan_options(config, {choice.micro, recompute}, *gpu, 1), *communicator);
+    std::map<std::string, int> count;
+    for (const NodeGroup group : pack(train.plan, 1, *gpu).groups)
+      if (group.count == 2)
+        ++count[fmt::format("{}+{}", train.plan.nodes()[group.first].op->name(),
+                            train.plan.nodes()[group.first + 1].op->name())];
+    return count;
+  };
+  const auto none = pairs(Recompute::none), norms = pairs(Recompute::norms);
+  auto block = pairs(Recompute::block);
+  CHECK(none.at("linear+rope") == 8);
+  CHECK(norms == none);
+  for (const char* again : {"linear+rope", "linear+swiglu"}) {
+    CHECK(block.at(again) == 2 * none.at(again));
+    block.at(again) -= none.at(again);
+  }
+  CHECK(block == none);
+  const PackedMemory packed = packed_memory(config, choice, *gpu, *communicator);
+  const LlamaConfig stored = padded(llama_preset("llama_60m"), storage_layout(*gpu));
+  CHECK(packed.weights == 4 * static_cast<std::uint64_t>(stored.parameter_count()));  // two halves of two bytes
+  CHECK(packed.states == 2 * packed.weights);
+  CHECK(packed.inputs > gpu->staging_bytes());
+  const MemoryReport report = memory_report(config, *communicator, *gpu);
+  REQUIRE(report.optimizers.size() + report.without_kernels.size() == optimizer_kinds().size());
+  CHECK(report.optimizers.front().kind == OptimizerKind::adamw);
+}
+#endif
+
 TEST_CASE("Tied weights are counted once", "[memory_report]") {
   const auto communicator = make_local_communicator();
   Config config = with_kind(small_config(), OptimizerKind::fira);
@@ -235,7 +362,9 @@ TEST_CASE("Presets are judged with the vocabulary of the data", "[memory_report]
       CHECK(entry.largest_micro.has_value() == (entry.smallest.bytes <= 1'000'000'000));
   }
   CHECK(report.presets.front().optimizers.front().largest_micro == 12);
-  CHECK_FALSE(report.presets.back().optimizers.front().largest_micro);
+  const PresetMemory::Entry& largest = report.presets.back().optimizers.front();
+  CHECK_FALSE(largest.largest_micro);
+  CHECK(largest.recompute == Recompute::block);  // the last way that was tried
 }
 
 TEST_CASE("JSON holds exact bytes and the tables say what fits", "[memory_report]") {
@@ -256,7 +385,11 @@ TEST_CASE("JSON holds exact bytes and the tables say what fits", "[memory_report
   CHECK(adamw.at("largest_micro") == 3);
   CHECK(adamw.at("micro").at(2).at("fits") == true);
   CHECK(adamw.at("micro").at(3).at("fits") == false);
+  CHECK(adamw.at("choice").at("recompute") == "none");
+  CHECK(adamw.at("recompute").size() == 3);
+  CHECK(adamw.at("recompute").at(2).at("bytes") < adamw.at("recompute").at(0).at("bytes"));
+  CHECK(adamw.at("recompute").at(2).at("largest_micro") >= adamw.at("largest_micro"));
   const std::string text = memory_tables(report);
-  for (const char* part : {"mr + 2nr + 1", "largest within", " fits", "   no", "llama_350m"})
+  for (const char* part : {"mr + 2nr + 1", "largest within", " fits", "   no", "llama_350m", "training takes"})
     CHECK_THAT(text, ContainsSubstring(part));
 }
