@@ -13,7 +13,6 @@ namespace kiln {
 struct MemoryChoice {
   BatchShape micro;
   Recompute recompute = Recompute::none;
-  bool operator==(const MemoryChoice&) const = default;
 };
 /// As configured, whatever the memory: `auto` is micro_batch() and no recomputation.
 MemoryChoice configured_memory(const Config& config, int ranks, const Backend& backend);
