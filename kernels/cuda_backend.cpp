@@ -45,7 +45,7 @@ Buffer make_pinned(std::size_t bytes) {
   return Buffer(static_cast<std::byte*>(data), bytes, [](std::byte* p) noexcept { cudaFreeHost(p); });
 }
 
-/// Uploads go through this many pieces of staging, each at most this large.
+/// Uploads go through this many pieces of staging of this size, allocated with the backend.
 constexpr std::size_t kSlots = 4, kSlotBytes = std::size_t{4} << 20;
 
 /// Device allocations of the process, each with its size before the bytes that are handed out, so that freeing needs no
@@ -157,7 +157,8 @@ class CudaBackend final : public Planning {
     if (!cache_.empty()) gemms_->load(cache_);
     context_ = {.stream = stream_.get(), .multiprocessors = properties.multiProcessorCount, .gemms = gemms_.get()};
     for (Fetch& fetch : fetches_) fetch.done = make_event(cudaEventDisableTiming | cudaEventBlockingSync);
-    for (Slot& slot : slots_) slot.free = make_event(cudaEventDisableTiming);
+    for (Slot& slot : slots_)
+      slot = {make_pinned(kSlotBytes), allocate(kSlotBytes, "upload staging"), make_event(cudaEventDisableTiming)};
     arrived_ = make_event(cudaEventDisableTiming);
   }
   ~CudaBackend() override {
@@ -197,7 +198,6 @@ class CudaBackend final : public Planning {
       const std::size_t bytes = std::min(kSlotBytes, to.bytes() - done);
       Slot& slot = slots_[next_slot_++ % slots_.size()];
       check_cuda(cudaEventSynchronize(slot.free.get()), "cudaEventSynchronize");
-      if (slot.host.size() < bytes) grow(slot, bytes);
       std::memcpy(slot.host.data(), source + done, bytes);
       check_cuda(cudaMemcpyAsync(slot.device.data(), slot.host.data(), bytes, cudaMemcpyHostToDevice, copies_.get()),
                  "cudaMemcpyAsync");
@@ -272,10 +272,6 @@ class CudaBackend final : public Planning {
     cudaMemcpy(&whole, p - kHeader, sizeof(whole), cudaMemcpyDeviceToHost);
     cudaFree(p - kHeader);
     allocated() -= whole;
-  }
-  void grow(Slot& slot, std::size_t bytes) {
-    slot.host = make_pinned(bytes);
-    slot.device = allocate(bytes, "upload staging");
   }
   void save_plans() noexcept {
     if (!gemms_->changed() || cache_.empty()) return;

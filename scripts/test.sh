@@ -11,7 +11,8 @@ scripts/setup.sh
 
 # clang-format's rules change between major versions; the sources follow version 14 (Debian 12).
 if clang-format --version 2>/dev/null | grep -q 'version 14\.'; then
-  git ls-files 'src/*.h' 'src/*.cpp' 'tests/*.h' 'tests/*.cpp' 'kernels/*' | xargs -r clang-format --dry-run -Werror
+  git ls-files 'src/*.h' 'src/*.cpp' 'tests/*.h' 'tests/*.cpp' 'kernels/*.h' 'kernels/*.cpp' 'kernels/*.cu' 'kernels/*.cuh' |
+    xargs -r clang-format --dry-run -Werror
   echo "format: clean"
 else
   echo "format: SKIPPED, needs clang-format 14, found $(clang-format --version 2>/dev/null || echo none)"
