@@ -13,7 +13,7 @@ struct CachedArgs {
   const bf16* qkv;
   bf16 *keys, *values, *out;
   const std::int32_t* first;
-  int rows, heads, kv_heads, dim, columns, capacity;
+  int heads, kv_heads, dim, columns;
   float scale;
 };
 
@@ -72,23 +72,21 @@ std::unique_ptr<Kernel> make_cached(const Nodes& nodes, Context& context) {
   const std::int64_t capacity = in[1].shape[0];
   const std::size_t shared = static_cast<std::size_t>(shape.head_dim + capacity) * sizeof(float);
   require(in[0].dtype == DType::bf16 && shape.head_dim % 8 == 0 && shared <= std::size_t{220} << 10,
-          "cached_attention: {} heads of {} over a cache of {}, expected bf16, a multiple of 8 and at most 56000",
-          to_string(in[0].dtype), shape.head_dim, capacity);
+          "cached_attention: {} heads of {} over a cache of {}, expected bf16, a multiple of 8 and at most {}",
+          to_string(in[0].dtype), shape.head_dim, capacity, (220 << 10) / 4 - shape.head_dim);
   check_cuda(cudaFuncSetAttribute(attend, cudaFuncAttributeMaxDynamicSharedMemorySize, 220 << 10),
              "cudaFuncSetAttribute");
-  return simple_kernel([shape, capacity, shared, stream = context.stream](const KernelArgs& args) {
+  return simple_kernel([shape, shared, stream = context.stream](const KernelArgs& args) {
     const int rows = static_cast<int>(args.in[0].shape()[0]);
     const CachedArgs a{.qkv = static_cast<const bf16*>(args.in[0].data),
                        .keys = static_cast<bf16*>(args.in[1].data),
                        .values = static_cast<bf16*>(args.in[2].data),
                        .out = static_cast<bf16*>(args.out[0].data),
                        .first = args.in[3].as<std::int32_t>(),
-                       .rows = rows,
                        .heads = static_cast<int>(shape.heads),
                        .kv_heads = static_cast<int>(shape.kv_heads),
                        .dim = static_cast<int>(shape.head_dim),
                        .columns = static_cast<int>(shape.columns()),
-                       .capacity = static_cast<int>(capacity),
                        .scale = 1.0f / sqrtf(static_cast<float>(shape.head_dim))};
     const auto grid = static_cast<unsigned>(rows);
     launch({"cached_attention", grid, kThreads, stream}, append, a);

@@ -46,7 +46,7 @@ std::size_t workspace(const Nodes& nodes) { return scratch_of(nodes.inputs()).by
 struct RowArgs {
   const bf16 *x, *w;
   const std::int32_t* targets;
-  float *shift, *target_logits, *factor;
+  float *shift, *target_logits;
   std::int64_t rows;
   int width, vocab;  // true classes
 };
@@ -122,27 +122,6 @@ __global__ void __launch_bounds__(kThreads)
   store8(dx + i * 8, pack(x));
 }
 
-/// Where the GEMM with the exponential in its epilogue does not fit: logits become e in place, one part a row.
-__global__ void __launch_bounds__(kThreads)
-    exponentials(bf16* logits, const float* shift, float* partial, int vocab, int true_vocab) {
-  __shared__ float scratch[kThreads / 32];
-  bf16* row = logits + std::int64_t{blockIdx.x} * vocab;
-  const float mine = shift[blockIdx.x];
-  float sum = 0;
-  for (int c = static_cast<int>(threadIdx.x) * 8; c < vocab; c += kThreads * 8) {
-    Float8 x = unpack(load8(row + c));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float e = c + i < true_vocab ? __expf(fminf(x.v[i] - mine, kLargestExponent)) : 0.0f;
-      x.v[i] = __bfloat162float(__float2bfloat16(e));
-      sum += x.v[i];
-    }
-    store8(row + c, pack(x));
-  }
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
 class ClassifierKernel final : public Kernel {
  public:
   ClassifierKernel(const Nodes& nodes, Context& context)
@@ -151,8 +130,6 @@ class ClassifierKernel final : public Kernel {
     require(in[0].dtype == DType::bf16 && in[0].shape[1] % 8 == 0 && in[1].shape[0] % 8 == 0,
             "classifier: x {} {} and w {}, expected bf16 and sizes in eights", to_string(in[0].dtype),
             in[0].shape.str(), in[1].shape.str());
-    fused_ = gemm_logits_supported(static_cast<int>(scratch_.rows), static_cast<int>(scratch_.width),
-                                   static_cast<int>(scratch_.vocab));
   }
 
   void run(std::span<const KernelArgs> nodes) override {
@@ -181,37 +158,20 @@ class ClassifierKernel final : public Kernel {
     const bool gradient = options_.gradient;
 
     launch({"classifier shift", blocks_for(rows, kWarps), kWarps * 32, context_.stream}, target_shift,
-           RowArgs{x, w, targets, shift, target_logits, factor, rows, width, true_vocab});
-    int parts = 1;
-    if (fused_) {
-      parts = gemm_logits_parts(vocab);
-      gemm_logits_exp({.x = x,
-                       .w = w,
-                       .shift = shift,
-                       .targets = targets,
-                       .e = gradient ? logits : nullptr,
-                       .partial_sums = partial,
-                       .target_logits = target_logits,
-                       .m = static_cast<int>(rows),
-                       .c = width,
-                       .v = vocab,
-                       .v_true = true_vocab},
-                      context_.stream);
-    } else {
-      context_.gemms->run({.trans_b = Trans::yes,
-                           .m = rows,
-                           .n = vocab,
-                           .k = width,
-                           .a = x,
-                           .lda = width,
-                           .b = w,
-                           .ldb = width,
-                           .c = logits,
-                           .ldc = vocab},
-                          gemm_workspace);
-      launch({"classifier softmax", static_cast<unsigned>(rows), kThreads, context_.stream}, exponentials, logits,
-             shift, partial, vocab, true_vocab);
-    }
+           RowArgs{x, w, targets, shift, target_logits, rows, width, true_vocab});
+    const int parts = gemm_logits_parts(vocab);
+    gemm_logits_exp({.x = x,
+                     .w = w,
+                     .shift = shift,
+                     .targets = targets,
+                     .e = gradient ? logits : nullptr,
+                     .partial_sums = partial,
+                     .target_logits = target_logits,
+                     .m = static_cast<int>(rows),
+                     .c = width,
+                     .v = vocab,
+                     .v_true = true_vocab},
+                    context_.stream);
     launch({"classifier rows", blocks_for(rows, kWarps), kWarps * 32, context_.stream}, finish_rows,
            FinishArgs{partial, shift, target_logits, targets, args.in[3].as<double>(), args.out[0].as<float>() + first,
                       factor, gradient ? logits : nullptr, scaled, x, rows, parts, width, vocab, true_vocab});
@@ -242,7 +202,6 @@ class ClassifierKernel final : public Kernel {
   Context& context_;
   Classifier::Options options_;
   Scratch scratch_;
-  bool fused_;
 };
 
 std::unique_ptr<Kernel> make_classifier(const Nodes& nodes, Context& context) {

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "base/log.h"
@@ -37,6 +38,8 @@ Event make_event(unsigned flags) {
   check_cuda(cudaEventCreateWithFlags(&event, flags), "cudaEventCreate");
   return Event(event);
 }
+
+constexpr int kCapability = 9;  // Hopper
 
 /// Page-locked host memory, which copies asynchronously.
 Buffer make_pinned(std::size_t bytes) {
@@ -130,8 +133,8 @@ class GraphReplay final : public Replay {
 
 /// Where GEMM plans are kept between runs: $KILN_CACHE_DIR, or kiln/ in the user's cache directory; empty when the
 /// environment names neither.
-std::filesystem::path cache_file(const std::string& device) {
-  std::string name = "gemm-" + device + ".json";
+std::filesystem::path cache_file(const std::string& device, int rank) {
+  std::string name = fmt::format("gemm-{}-rank{}.json", device, rank);
   for (char& c : name)
     if (c == ' ' || c == '/') c = '-';
   if (const char* directory = std::getenv("KILN_CACHE_DIR")) return std::filesystem::path(directory) / name;
@@ -142,18 +145,19 @@ std::filesystem::path cache_file(const std::string& device) {
 
 class CudaBackend final : public Planning {
  public:
-  explicit CudaBackend(int device) {
+  CudaBackend(int device, int rank) {
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
     cudaDeviceProp properties{};
     check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
     name_ = properties.name;
     memory_bytes_ = properties.totalGlobalMem;
-    check(properties.major == 9, "{}: compute capability {}.{}, but this program's kernels are built for 9.0 (Hopper)",
+    check(properties.major == kCapability,
+          "{}: compute capability {}.{}, but this program's kernels are built for 9.0 (Hopper); use run.device: cpu",
           name_, properties.major, properties.minor);
     stream_ = make_stream();
     copies_ = make_stream();
     gemms_ = std::make_unique<GemmPlans>(stream_.get());
-    cache_ = cache_file(name_);
+    cache_ = cache_file(name_, rank);
     if (!cache_.empty()) gemms_->load(cache_);
     context_ = {.stream = stream_.get(), .multiprocessors = properties.multiProcessorCount, .gemms = gemms_.get()};
     for (Fetch& fetch : fetches_) fetch.done = make_event(cudaEventDisableTiming | cudaEventBlockingSync);
@@ -274,7 +278,13 @@ class CudaBackend final : public Planning {
     allocated() -= whole;
   }
   void save_plans() noexcept {
-    if (!gemms_->changed() || cache_.empty()) return;
+    if (!gemms_->changed()) return;
+    if (cache_.empty()) {
+      if (!std::exchange(warned_, true))
+        log_warning(
+            "no cache directory (set KILN_CACHE_DIR): GEMM plans are not kept, the next run may round differently");
+      return;
+    }
     try {
       gemms_->save(cache_);
     } catch (const std::exception& e) {
@@ -289,6 +299,7 @@ class CudaBackend final : public Planning {
   Event arrived_;
   std::unique_ptr<GemmPlans> gemms_;
   std::filesystem::path cache_;
+  bool warned_ = false;  // that there is no cache
   Context context_;
   std::array<Slot, kSlots> slots_;
   std::size_t next_slot_ = 0, next_fetch_ = 0, marked_ = 0;
@@ -301,8 +312,13 @@ class CudaBackend final : public Planning {
 int device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();
+    cudaGetLastError();  // clears it: why_no_device() says what it was
     return 0;
+  }
+  for (int device = 0; device < count; ++device) {
+    int major = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    if (major != kCapability) return device;
   }
   return count;
 }
@@ -321,10 +337,11 @@ std::string why_no_device() {
   int count = 0;
   const cudaError_t result = cudaGetDeviceCount(&count);
   cudaGetLastError();
-  return result == cudaSuccess ? "none is visible" : cudaGetErrorString(result);
+  if (result != cudaSuccess) return cudaGetErrorString(result);
+  return count == 0 ? "none is visible" : "the first one is not a Hopper GPU, which the kernels are built for";
 }
 
-std::unique_ptr<Backend> make_backend(int device) { return std::make_unique<CudaBackend>(device); }
+std::unique_ptr<Backend> make_backend(int device, int rank) { return std::make_unique<CudaBackend>(device, rank); }
 std::unique_ptr<Backend> make_planning_backend() { return std::make_unique<Planning>(); }
 
 std::string runtime_version() {

@@ -10,6 +10,7 @@
 
 #include "base/files.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "kernels/launch.cuh"
 
 namespace kiln::cuda {
@@ -76,6 +77,7 @@ std::string to_hex(const cublasLtMatmulAlgo_t& algo) {
 }
 
 cublasLtMatmulAlgo_t from_hex(const std::string& text) {
+  check(text.size() == 16 * std::size(cublasLtMatmulAlgo_t{}.data), "'{}' is not a GEMM plan", text);
   cublasLtMatmulAlgo_t algo{};
   for (std::size_t i = 0; i < std::size(algo.data); ++i)
     algo.data[i] = std::stoull(text.substr(16 * i, 16), nullptr, 16);
@@ -170,6 +172,23 @@ struct GemmPlans::Impl {
     return plans.emplace(key, Plan{std::move(problem), algo}).first->second;
   }
 
+  /// The plans of a file; none, with a warning, when it is damaged or was made for another device or library.
+  Json kept(const std::filesystem::path& file) const {
+    if (!std::filesystem::is_regular_file(file)) return Json::object();
+    try {
+      const Json json = read_json(file);
+      const Json& found = json.at("plans");
+      for (const auto& [shape, algo] : found.items()) from_hex(algo.get<std::string>());
+      if (json.at("made_for") == header()) return found;
+      log_warning("{}: GEMM plans of another device or cuBLASLt; they are timed again, and runs may round differently",
+                  file.string());
+    } catch (const std::exception& e) {
+      log_warning("{}: not a file of GEMM plans ({}); they are timed again, and runs may round differently",
+                  file.string(), e.what());
+    }
+    return Json::object();
+  }
+
   Json header() const { return {{"device", device_name()}, {"cublasLt", cublasLtGetVersion()}}; }
 };
 
@@ -191,14 +210,12 @@ void GemmPlans::run(const Gemm& gemm, void* workspace) {
 }
 
 void GemmPlans::load(const std::filesystem::path& file) {
-  if (!std::filesystem::is_regular_file(file)) return;
-  const Json json = read_json(file);
-  if (json.value("made_for", Json()) != impl_->header()) return;
-  for (const auto& [shape, algo] : json.at("plans").items()) impl_->choices[shape] = algo.get<std::string>();
+  const Json kept = impl_->kept(file);
+  for (const auto& [shape, algo] : kept.items()) impl_->choices[shape] = algo.get<std::string>();
 }
 
 void GemmPlans::save(const std::filesystem::path& file) const {
-  Json plans = Json::object();
+  Json plans = impl_->kept(file);
   for (const auto& [shape, algo] : impl_->choices) plans[shape] = algo;
   std::filesystem::create_directories(file.parent_path());
   write_text_atomic(file, Json{{"made_for", impl_->header()}, {"plans", plans}}.dump(1) + "\n");

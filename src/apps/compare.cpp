@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "apps/commands.h"
+#include "apps/failure.h"
 #include "base/files.h"
 #include "base/log.h"
 #include "base/signals.h"
@@ -60,7 +61,6 @@ CompareRow compare_one(const CompareArguments& a, const Config& base, std::size_
   row.name = a.optimizers[i];
   row.run_dir = a.out / row.name;
   const Config config = comparison_config(base, parse_optimizer_kind(row.name), peak_lr_of(a, i), row.run_dir);
-  check_supported(config);
   row.peak_lr = config.schedule.peak_lr;
   if (communicator.rank() == 0 && !a.quiet) log_info("{} at peak lr {}", row.name, row.peak_lr);
   {
@@ -79,12 +79,17 @@ void run(const CompareArguments& a) {
   const Config base = load_config(a.config, a.overrides);
   set_thread_count(rank_threads(base));
   install_stop_signals();
+  // Before the first trains for an hour: whether all of them can.
+  for (std::size_t i = 0; i < a.optimizers.size(); ++i)
+    check_supported(
+        comparison_config(base, parse_optimizer_kind(a.optimizers[i]), peak_lr_of(a, i), a.out / a.optimizers[i]));
   std::vector<CompareRow> rows;
   try {
     for (std::size_t i = 0; i < a.optimizers.size(); ++i) rows.push_back(compare_one(a, base, i, *communicator));
-  } catch (const Error& e) {
-    log_line(LogLevel::error, e.what());
-    communicator->abort(static_cast<int>(e.code()));
+  } catch (const CLI::Error&) {
+    throw;  // a clean stop by a signal
+  } catch (const std::exception& e) {
+    abort_ranks(e, *communicator);
   }
   if (communicator->rank() != 0) return;
   std::vector<std::filesystem::path> runs;

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "apps/commands.h"
+#include "apps/failure.h"
 #include "base/log.h"
 #include "core/parallel.h"
 #include "train/device.h"
@@ -76,11 +77,9 @@ void run(const EvalArguments& arguments) {
   Evaluation evaluation;
   try {
     evaluation = evaluate(arguments, *communicator);
-  } catch (const Error& e) {
+  } catch (const std::exception& e) {
     if (communicator->size() == 1) throw;
-    // One rank's error ends them all, or the others would wait for it for ever.
-    log_line(LogLevel::error, e.what());
-    communicator->abort(static_cast<int>(e.code()));
+    abort_ranks(e, *communicator);
   }
   if (communicator->rank() == 0) print(arguments, evaluation);
 }

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "apps/commands.h"
+#include "apps/failure.h"
 #include "base/error.h"
 #include "base/log.h"
 
@@ -35,26 +36,15 @@ int run(int argc, char** argv) {
   return 0;
 }
 
-int report(ExitCode code, const char* message) {
-  log_line(LogLevel::error, message);
-  return static_cast<int>(code);
-}
-
 }  // namespace
 }  // namespace kiln
 
 int main(int argc, char** argv) {
-  using kiln::ExitCode;
   try {
     return kiln::run(argc, argv);
-  } catch (const kiln::Error& e) {
-    return kiln::report(e.code(), e.what());
-  } catch (const std::bad_alloc&) {
-    return kiln::report(ExitCode::resource, "out of memory; use a smaller model or micro-batch");
-  } catch (const std::filesystem::filesystem_error& e) {
-    const bool full = e.code() == std::errc::no_space_on_device;
-    return kiln::report(full ? ExitCode::resource : ExitCode::data, e.what());
   } catch (const std::exception& e) {
-    return kiln::report(ExitCode::data, e.what());
+    const kiln::Failure failure = kiln::failure_of(e);
+    kiln::log_line(kiln::LogLevel::error, failure.message);
+    return static_cast<int>(failure.code);
   }
 }

@@ -2,6 +2,7 @@
 #include <iostream>
 
 #include "apps/commands.h"
+#include "apps/failure.h"
 #include "base/log.h"
 #include "base/signals.h"
 #include "core/parallel.h"
@@ -48,10 +49,8 @@ void run(const TrainArguments& arguments) {
     Trainer trainer(config, *communicator, {.quiet = arguments.quiet});
     resume_run(trainer, arguments, communicator->rank() == 0);
     summary = trainer.run();
-  } catch (const Error& e) {
-    // One rank's error ends them all, or the others would wait for it for ever.
-    log_line(LogLevel::error, e.what());
-    communicator->abort(static_cast<int>(e.code()));
+  } catch (const std::exception& e) {
+    abort_ranks(e, *communicator);
   }
   if (communicator->rank() == 0 && !arguments.quiet) print_summary(config, summary);
   if (summary.stopped_by != 0) throw CLI::RuntimeError(128 + summary.stopped_by);

@@ -40,7 +40,7 @@ std::string read_text(const std::filesystem::path& path) {
 
 void write_text_atomic(const std::filesystem::path& path, std::string_view text) {
   if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path());
-  const std::filesystem::path temporary = path.string() + ".tmp";
+  const std::filesystem::path temporary = fmt::format("{}.{}.tmp", path.string(), ::getpid());
   {
     Descriptor file(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
     if (file.value < 0) fail(code_of(errno), "{}: cannot be written ({})", temporary.string(), std::strerror(errno));

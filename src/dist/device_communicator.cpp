@@ -2,6 +2,8 @@
 
 #ifdef KILN_WITH_NCCL
 #include <nccl.h>
+
+#include <exception>
 #endif
 
 namespace kiln {
@@ -55,7 +57,13 @@ class NcclCommunicator final : public Communicator {
 
  private:
   struct Destroy {
-    void operator()(ncclComm_t handle) const { ncclCommDestroy(handle); }
+    /// Destroying waits for the other ranks; after an error they may never come.
+    void operator()(ncclComm_t handle) const {
+      if (std::uncaught_exceptions() > 0)
+        ncclCommAbort(handle);
+      else
+        ncclCommDestroy(handle);
+    }
   };
   Communicator& host_;
   cudaStream_t stream_;

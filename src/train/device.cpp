@@ -33,7 +33,11 @@ std::unique_ptr<Backend> open_device(Device device) {
 #ifdef KILN_WITH_CUDA
   check(cuda_device_present(), "run.device: cuda, but this machine has no usable CUDA device ({}); use cpu or auto",
         cuda::why_no_device());
-  return cuda::make_backend(launch_info().local_rank % cuda::device_count());
+  const LaunchInfo launch = launch_info();
+  check(launch.local_rank < cuda::device_count(),
+        "{} ranks on this machine, but {} GPUs for them; start at most one rank a GPU, or use run.device: cpu",
+        launch.local_size, cuda::device_count());
+  return cuda::make_backend(launch.local_rank, launch.rank);
 #else
   fail(ExitCode::usage,
        "run.device: cuda, but this program was built without CUDA; build with --preset cuda, or use cpu");
@@ -66,7 +70,7 @@ double published_flops_per_s(const Backend& backend) {
     double flops_per_s;
   };
   // Vendor datasheets, dense bf16, SXM boards.
-  for (const Peak& peak : {Peak{"H100", 989e12}, Peak{"H200", 989e12}, Peak{"A100", 312e12}})
+  for (const Peak& peak : {Peak{"H100", 989e12}, Peak{"H200", 989e12}})
     if (name.find(peak.device) != std::string::npos) return peak.flops_per_s;
   return 0;
 }

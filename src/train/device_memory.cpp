@@ -58,6 +58,10 @@ void DeviceWeights::for_rows(std::size_t storage, F&& visit) const {
       visit(host_.view(host_.table().parameters[p]), parameters[p].row_begin * pitch, pitch);
 }
 
+void DeviceWeights::bind(Executor& executor, const LlamaValues& values) const {
+  for (std::size_t s = 0; s < count(); ++s) executor.bind(values.storages[s], storage(s));
+}
+
 void DeviceWeights::push() const {
   if (shared_) return;
   std::vector<std::uint16_t> high, low;
@@ -168,6 +172,14 @@ void DeviceStates::pull() const {
         copy_block(static_cast<std::byte*>(to.data), row, staging.data(),
                    static_cast<std::size_t>(columns(from.shape())) * size, to.numel() / columns(to.shape()), row);
     }
+}
+
+void bind_training(Executor& executor, const TrainPlan& plan, const DeviceWeights& weights,
+                   const DeviceStates& states) {
+  weights.bind(executor, plan.values);
+  for (std::size_t s = 0; s < plan.lows.size(); ++s) executor.bind(plan.lows[s], weights.low(s));
+  for (std::size_t p = 0; p < plan.states.size(); ++p)
+    for (std::size_t s = 0; s < plan.states[p].size(); ++s) executor.bind(plan.states[p][s], states.tensor(p, s));
 }
 
 }  // namespace kiln

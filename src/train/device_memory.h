@@ -34,6 +34,8 @@ class DeviceWeights {
   const StorageLayout& layout() const { return layout_; }
   Backend& backend() const { return backend_; }
   std::size_t count() const { return table_.storages.size(); }
+  /// Gives a recorded model its storages.
+  void bind(Executor& executor, const LlamaValues& values) const;
   Tensor storage(std::size_t index) const { return shared_ ? host_.storage(index) : high_[index].view(); }
   Tensor low(std::size_t index) const { return low_[index].view(); }
 
@@ -81,5 +83,8 @@ class DeviceStates {
   Backend& backend_;
   std::vector<std::vector<DeviceTensor>> states_;  // by parameter; empty on the host
 };
+
+/// Gives a training plan its weights, their masters' low halves, and its states.
+void bind_training(Executor& executor, const TrainPlan& plan, const DeviceWeights& weights, const DeviceStates& states);
 
 }  // namespace kiln

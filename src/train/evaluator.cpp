@@ -18,7 +18,7 @@ Evaluator::Evaluator(const DeviceWeights& weights, std::int64_t sequences, std::
   values_ = record_llama(plan_, weights.config(), weights.layout(), shape_, LlamaOutput::losses, seq_len);
   plan_.add(std::make_shared<LossSum>(), {values_.losses, values_.scalars}, "loss");
   executor_ = std::make_unique<Executor>(plan_, 1, backend_);
-  for (std::size_t s = 0; s < weights.count(); ++s) executor_->bind(values_.storages[s], weights.storage(s));
+  weights.bind(*executor_, values_);
   inputs_.bind(*executor_, values_);
 }
 

@@ -95,7 +95,7 @@ struct Generator::Pass {
         values(record_llama(plan, weights.config(), weights.layout(), {.sequences = 1, .seq_len = tokens},
                             LlamaOutput::last_logits, positions)),
         executor(plan, 1, weights.backend()) {
-    for (std::size_t s = 0; s < weights.count(); ++s) executor.bind(values.storages[s], weights.storage(s));
+    weights.bind(executor, values);
   }
 
   std::int64_t count;

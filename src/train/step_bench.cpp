@@ -55,12 +55,7 @@ struct Bench {
     backend->upload(inputs.targets.view(), targets.data());
     scalar(scalars, Scalar::lr) = 1e-3;
     scalar(scalars, Scalar::loss_scale) = 1.0 / static_cast<double>(count);
-    for (std::size_t s = 0; s < device_weights.count(); ++s)
-      executor.bind(train.values.storages[s], device_weights.storage(s));
-    for (std::size_t s = 0; s < train.lows.size(); ++s) executor.bind(train.lows[s], device_weights.low(s));
-    for (std::size_t p = 0; p < train.states.size(); ++p)
-      for (std::size_t s = 0; s < train.states[p].size(); ++s)
-        executor.bind(train.states[p][s], device_states.tensor(p, s));
+    bind_training(executor, train, device_weights, device_states);
     inputs.bind(executor, train.values);
   }
 
@@ -87,17 +82,21 @@ struct Bench {
   }
 };
 
-std::vector<OpTime> by_op(Bench& bench, int steps) {
+/// Nodes that ran in one launch are one row, under the first one's name.
+std::vector<OpTime> by_op(Bench& bench, int micro_batches, int steps) {
   std::map<std::string, OpTime> total;
   const std::vector<Node>& nodes = bench.train.plan.nodes();
-  for (std::size_t n = 0; n < nodes.size(); ++n) {
-    const std::string name(nodes[n].op->name());
-    const Cost cost = nodes[n].op->cost(bench.train.plan.input_specs(nodes[n]));
+  for (const NodeGroup group : bench.executor.packing().groups) {
+    const std::string name(nodes[group.first].op->name());
+    const double runs = nodes[group.first].phase == Phase::micro ? micro_batches : 1;
     OpTime& op = total[name];
     op.op = name;
-    op.seconds += bench.executor.node_seconds()[n] / steps;
-    op.flops += cost.flops;
-    op.bytes += cost.bytes;
+    op.seconds += bench.executor.node_seconds()[group.first] / steps;
+    for (std::size_t n = group.first; n < group.first + group.count; ++n) {
+      const Cost cost = nodes[n].op->cost(bench.train.plan.input_specs(nodes[n]));
+      op.flops += runs * cost.flops;
+      op.bytes += runs * cost.bytes;
+    }
   }
   std::vector<OpTime> list;
   for (auto& [name, op] : total) list.push_back(std::move(op));
@@ -152,7 +151,7 @@ StepBench bench_step(const StepBenchOptions& o) {
   result.gemm_library = ceiling.library;
   result.device_bytes = bench.backend->allocated_bytes();
   result.loss = bench.loss();
-  result.ops = by_op(bench, profiled);
+  result.ops = by_op(bench, o.micro_batches, profiled);
   return result;
 }
 

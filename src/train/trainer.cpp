@@ -62,9 +62,9 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       model_(model_config(config)),
       data_(config.data.train, config.data.seq_len, model_.vocab, config.run.seed),
       backend_(open_device(config.run.device)),
-      memory_(choose_memory(config, *backend_, communicator)),
-      micro_(memory_.micro),
       device_communicator_(make_device_communicator(communicator, *backend_)),
+      memory_(choose_memory(config, *backend_, device_communicator_ ? *device_communicator_ : communicator)),
+      micro_(memory_.micro),
       train_(record_train_plan(plan_options(config, memory_, *backend_, communicator.size()),
                                device_communicator_ ? *device_communicator_ : communicator)),
       weights_(model_, DType::f32),
@@ -86,12 +86,7 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
     log_info("micro-batches of {} sequences, memory.recompute {}", micro_.sequences, to_string(memory_.recompute));
   initialise(weights_, config.run.seed);
   device_weights_.push();
-  for (std::size_t s = 0; s < device_weights_.count(); ++s)
-    executor_.bind(train_.values.storages[s], device_weights_.storage(s));
-  for (std::size_t s = 0; s < train_.lows.size(); ++s) executor_.bind(train_.lows[s], device_weights_.low(s));
-  for (std::size_t p = 0; p < train_.states.size(); ++p)
-    for (std::size_t s = 0; s < train_.states[p].size(); ++s)
-      executor_.bind(train_.states[p][s], device_states_.tensor(p, s));
+  bind_training(executor_, train_, device_weights_, device_states_);
   inputs_.bind(executor_, train_.values);
   if (!config.data.valid.empty()) {
     valid_.emplace(config.data.valid, config.data.seq_len, model_.vocab, config.run.seed);
@@ -116,8 +111,11 @@ const OptimizerStates& Trainer::states() const {
   return states_;
 }
 
-RunState Trainer::run_state() const {
-  return {.weights = weights(), .states = states(), .config = to_json(config_), .tokenizer = config_.data.tokenizer};
+RunState Trainer::run_state(Holds what) const {
+  return {.weights = weights(),
+          .states = what == Holds::everything ? states() : states_,
+          .config = to_json(config_),
+          .tokenizer = config_.data.tokenizer};
 }
 
 bool Trainer::resume_latest() {
@@ -161,12 +159,12 @@ double Trainer::load_batch() {
 }
 
 /// The update of such a step changed nothing (optim/optimizer.h).
-void Trainer::stop_if_diverged(double value, std::int64_t step) const {
+void Trainer::stop_if_diverged(std::string_view what, double value, std::int64_t step) const {
   if (std::isfinite(value)) return;
   fail(ExitCode::diverged,
-       "{}: the loss of step {} is {}, expected a finite number; the last checkpoint stands: lower schedule.peak_lr or "
+       "{}: the {} of step {} is {}, expected a finite number; the last checkpoint stands: lower schedule.peak_lr or "
        "optimizer.clip_norm and resume",
-       config_.run.dir, step, value);
+       config_.run.dir, what, step, value);
 }
 
 /// All the work of a step on the device; the same at every step, so that a device can replay it.
@@ -184,6 +182,7 @@ StepMetrics Trainer::step() {
 }
 
 void Trainer::launch() {
+  check(launched_.size() < 2, "Trainer::launch: two steps are under way already");
   const auto begin = std::chrono::steady_clock::now();
   const double counted = load_batch();
   StepScalars scalars{};
@@ -203,13 +202,14 @@ void Trainer::launch() {
 }
 
 StepMetrics Trainer::collect() {
+  check(!launched_.empty(), "Trainer::collect: no step was launched");
   const Launched step = launched_.front();
   launched_.erase(launched_.begin());
   StepScalars scalars{};
   backend_->collect(step.fetch, scalars.data());
   train_loss_ = communicator_.sum(scalar(scalars, Scalar::loss)) / step.counted;
-  stop_if_diverged(train_loss_, step.at.step);
-  stop_if_diverged(scalar(scalars, Scalar::grad_norm), step.at.step);
+  stop_if_diverged("loss", train_loss_, step.at.step);
+  stop_if_diverged("gradient norm", scalar(scalars, Scalar::grad_norm), step.at.step);
 
   // With two steps under way, the device began this one when it had finished the one before.
   const auto end = std::chrono::steady_clock::now();
@@ -241,7 +241,8 @@ std::size_t Trainer::memory_bytes() const {
 
 void Trainer::save(const char* what) {
   if (options_.write_files && communicator_.rank() == 0) {
-    save_checkpoint(std::filesystem::path(config_.run.dir) / checkpoint_name(at_.step), run_state(), at_);
+    save_checkpoint(std::filesystem::path(config_.run.dir) / checkpoint_name(at_.step), run_state(Holds::everything),
+                    at_);
     prune_checkpoints(config_.run.dir, static_cast<int>(config_.checkpoint.keep));
     if (outputs_ && outputs_->progress) outputs_->progress->message(fmt::format("{} at step {}", what, at_.step));
   }
@@ -250,7 +251,8 @@ void Trainer::save(const char* what) {
 
 void Trainer::snapshot() {
   if (options_.write_files && communicator_.rank() == 0)
-    save_snapshot(snapshots_of(config_) / checkpoint_name(at_.step), run_state(), at_, config_.snapshots.dtype);
+    save_snapshot(snapshots_of(config_) / checkpoint_name(at_.step), run_state(Holds::weights), at_,
+                  config_.snapshots.dtype);
   communicator_.barrier();
 }
 
@@ -293,7 +295,7 @@ TrainSummary Trainer::run() {
   peak_flops_per_s_ = communicator_.sum(rate);
 
   bool saved = true;
-  while (at_.step < total) {
+  while (at_.step < total || !launched_.empty()) {
     if (launched_.empty()) launch();
     // The device goes on while the host writes this step's metrics, unless the host must see the weights in between.
     if (!backend_->is_host() && at_.step < total && !pauses_after(at_.step)) launch();

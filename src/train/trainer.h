@@ -69,7 +69,7 @@ class Trainer {
   Evaluation evaluate();
 
   const RunPosition& at() const { return at_; }
-  /// Weights and states on the host, as of the last step collected.
+  /// Weights and states on the host, after the last step launched; waits for it.
   const ModelWeights& weights() const;
   const OptimizerStates& states() const;
   std::size_t memory_bytes() const;
@@ -80,12 +80,14 @@ class Trainer {
   int micro_batches() const;
   double load_batch();
   void run_plan();
-  RunState run_state() const;
+  /// What of the device's memory a file holds, and has to be copied for it.
+  enum class Holds { weights, everything };
+  RunState run_state(Holds what) const;
   bool pauses_after(std::int64_t step) const;
   bool after_step(StepMetrics& metrics);
   void save(const char* what);
   void snapshot();
-  void stop_if_diverged(double value, std::int64_t step) const;
+  void stop_if_diverged(std::string_view what, double value, std::int64_t step) const;
   TrainSummary summary() const;
 
   /// A step that the device was given and whose results were not yet collected.
@@ -104,9 +106,9 @@ class Trainer {
   Dataset data_;
   std::optional<Dataset> valid_;
   std::unique_ptr<Backend> backend_;
-  MemoryChoice memory_;
-  BatchShape micro_;                                   // one micro-batch of this rank
   std::unique_ptr<Communicator> device_communicator_;  // sums tensors of the device; null where the host's can
+  MemoryChoice memory_;
+  BatchShape micro_;  // one micro-batch of this rank
   TrainPlan train_;
   ModelWeights weights_;  // on the host: what files hold
   OptimizerStates states_;

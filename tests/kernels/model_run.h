@@ -64,12 +64,7 @@ struct ModelRun {
     for (std::size_t s = 0; s < weights.table().storages.size(); ++s)
       for (float& w : weights.storage(s).span<float>()) w = to_float(to_bfloat16(w));
     device_weights.push();
-    for (std::size_t s = 0; s < device_weights.count(); ++s)
-      executor.bind(train.values.storages[s], device_weights.storage(s));
-    for (std::size_t s = 0; s < train.lows.size(); ++s) executor.bind(train.lows[s], device_weights.low(s));
-    for (std::size_t p = 0; p < train.states.size(); ++p)
-      for (std::size_t s = 0; s < train.states[p].size(); ++s)
-        executor.bind(train.states[p][s], device_states.tensor(p, s));
+    bind_training(executor, train, device_weights, device_states);
     inputs.bind(executor, train.values);
   }
 

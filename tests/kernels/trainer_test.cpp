@@ -1,6 +1,7 @@
 // The trainer on the GPU: what it saves is where it goes on from.
 #include "train/trainer.h"
 
+#include "base/files.h"
 #include "base/rng.h"
 #include "catch.h"
 #include "io/checkpoint.h"
@@ -43,6 +44,12 @@ std::vector<std::byte> bytes_of(const Trainer& trainer) {
   return all;
 }
 
+std::string last_line(const std::string& text) {
+  const std::size_t end = text.find_last_not_of('\n');
+  const std::size_t begin = text.rfind('\n', end);
+  return text.substr(begin == std::string::npos ? 0 : begin + 1, end - begin);
+}
+
 TEST_CASE("save and resume on the GPU is bitwise the same as never stopping", "[gpu]") {
   for (const std::string weights : {"fp32", "bf16_sr"}) {
     INFO(weights);
@@ -66,8 +73,13 @@ TEST_CASE("save and resume on the GPU is bitwise the same as never stopping", "[
     Trainer resumed(split, *communicator, {.quiet = true});
     REQUIRE(resumed.resume_latest());
     CHECK(resumed.at().step == 7);
-    resumed.run();
+    const TrainSummary end = resumed.run();
     CHECK(bytes_of(resumed) == bytes_of(whole));
+    // The last step is collected too: logged, and evaluated whatever the cadence.
+    const Json last = Json::parse(last_line(read_text(fs::path(split.run.dir) / "metrics.jsonl")));
+    CHECK(last.at("step") == end.at.step);
+    CHECK(last.at("valid_loss") == *end.valid_loss);
+    CHECK(end.at.step == config.schedule.total_steps);
 
     Trainer other(config, *communicator, {.quiet = true, .write_files = false});
     other.step();
