@@ -9,19 +9,6 @@
 /// error  Error(usage) where ..._supported is false; Error(resource) where the launch fails
 namespace kiln::cuda {
 
-/// Y = X W^T.
-/// in     x [M,K]    w [N,K]    K % 8 == 0, N % 8 == 0
-/// out    y [M,N]
-struct GemmPlain {
-  const __nv_bfloat16* x = nullptr;
-  const __nv_bfloat16* w = nullptr;
-  __nv_bfloat16* y = nullptr;
-  int m = 0, n = 0, k = 0;
-  int tile = -1;
-};
-bool gemm_plain_supported(int m, int n, int k);
-void gemm_plain(const GemmPlain& args, cudaStream_t stream);
-
 /// Largest logit - shift that counts: beyond it the exponential is cut, so that sums stay finite and a row whose shift
 /// is its target's logit never overflows. Such a token's loss, over 75 nats, is then read low.
 inline constexpr float kLargestExponent = 75.0f;
@@ -47,22 +34,6 @@ struct GemmLogits {
 bool gemm_logits_supported(int m, int c, int v);
 int gemm_logits_parts(int v, int tile = -1);
 void gemm_logits_exp(const GemmLogits& args, cudaStream_t stream);
-
-/// Ends what gemm_logits_exp began, one row at a time in a fixed order: with s the sum of a row's parts,
-/// lse = shift + log s and factor = scale / s, so that dlogits = factor e - scale onehot(target).
-/// out    lse [M] f32    factor [M] f32, 0 for ignored rows    loss [M] f32 = lse - target logit, 0 for ignored rows
-struct LogitsReduce {
-  const float* partial_sums = nullptr;
-  const float* shift = nullptr;
-  const int* targets = nullptr;
-  const float* target_logits = nullptr;
-  float* lse = nullptr;
-  float* factor = nullptr;
-  float* loss = nullptr;
-  int m = 0, parts = 0, v_true = 0;
-  float scale = 1;
-};
-void logits_reduce(const LogitsReduce& args, cudaStream_t stream);
 
 /// SwiGLU: [gate, up] = X W^T and A = silu(gate) up, A from the bf16-rounded gate and up that backward reads.
 /// in     x [M,C]    w [2F,C], gate rows first    C % 8 == 0, F % 8 == 0

@@ -133,21 +133,6 @@ void run(const GemmLogits& args, cudaStream_t stream) {
   args.e == nullptr ? run<C, false>(args, stream) : run<C, true>(args, stream);
 }
 
-constexpr int kReduceThreads = 128;
-
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(LogitsReduce args) {
-  const int m = static_cast<int>(blockIdx.x) * kReduceThreads + static_cast<int>(threadIdx.x);
-  if (m >= args.m) return;
-  float sum = 0;
-#pragma unroll 8
-  for (int part = 0; part < args.parts; ++part) sum += args.partial_sums[static_cast<std::size_t>(part) * args.m + m];
-  const float lse = args.shift[m] + logf(sum);
-  const bool counts = args.targets[m] >= 0 && args.targets[m] < args.v_true;
-  args.lse[m] = lse;
-  args.factor[m] = counts ? args.scale / sum : 0.f;
-  args.loss[m] = counts ? lse - args.target_logits[m] : 0.f;
-}
-
 }  // namespace
 
 bool gemm_logits_supported(int m, int c, int v) { return m > 0 && c > 0 && v > 0 && c % 8 == 0 && v % 8 == 0; }
@@ -167,13 +152,6 @@ void gemm_logits_exp(const GemmLogits& args, cudaStream_t stream) {
     default:
       return run<WidePairLag>(args, stream);
   }
-}
-
-void logits_reduce(const LogitsReduce& args, cudaStream_t stream) {
-  if (args.m <= 0 || args.parts <= 0) throw Error(ExitCode::usage, "logits_reduce: no rows or no parts");
-  const int blocks = (args.m + kReduceThreads - 1) / kReduceThreads;
-  reduce_kernel<<<blocks, kReduceThreads, 0, stream>>>(args);
-  check_cuda(cudaGetLastError(), "logits_reduce");
 }
 
 }  // namespace kiln::cuda

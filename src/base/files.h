@@ -11,8 +11,8 @@ namespace kiln {
 /// A whole file as text; a data Error if it cannot be read.
 std::string read_text(const std::filesystem::path& path);
 
-/// Writes to a temporary file of this process beside `path`, fsyncs and renames, so that a reader sees the old file or the new one, never half.
-/// A resource Error (disk full) or data Error otherwise; the old file then still stands.
+/// Writes to a temporary file of this process beside `path`, fsyncs and renames, so that a reader sees the old file or
+/// the new one, never half. A resource Error (disk full) or data Error otherwise; the old file then still stands.
 void write_text_atomic(const std::filesystem::path& path, std::string_view text);
 
 /// fsync on a file or a directory (after a rename in it).
