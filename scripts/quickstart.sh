@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare clone to a comparison of AdamW, GaLore and Fira on real English, with merged snapshots and plots.
-# About eight minutes on two cores after set-up. Usage: scripts/quickstart.sh [OUT]
+# Seven to ten minutes on two cores after set-up. Usage: scripts/quickstart.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}
