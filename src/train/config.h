@@ -20,6 +20,15 @@ enum class WeightPrecision { fp32, bf16_sr };
 enum class StatePrecision { fp32, bf16, int8 };
 enum class UpdatePlacement { automatic, after_backward, in_backward };
 
+/// Weights averaged while they are trained: every `every` steps, `count` times, then anew.
+struct AverageWindow {
+  std::int64_t every = 0, count = 0;
+  std::optional<std::int64_t> start = {};  // first step; auto: while the rate is constant
+  bool evaluate = true;                    // its loss on the validation data, at once
+};
+/// "20x10", every x count
+std::string to_string(const AverageWindow& window);
+
 /// A whole run, as its YAML file says it. An empty optional is `auto`: chosen from the rest.
 struct Config {
   struct Run {
@@ -79,6 +88,7 @@ struct Config {
     DType dtype = DType::f32;
     std::optional<std::int64_t> start;  // first step; auto: after warm-up, while the rate is constant
   } snapshots;
+  std::vector<AverageWindow> averages;
   struct Eval {
     std::int64_t every = 200;
     std::int64_t tokens = 1'000'000;

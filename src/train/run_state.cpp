@@ -4,6 +4,7 @@
 
 #include "io/checkpoint.h"
 #include "io/safetensors.h"
+#include "train/averages.h"
 #include "train/model_files.h"
 
 namespace kiln {
@@ -62,14 +63,17 @@ void save_checkpoint(const std::filesystem::path& directory, const RunState& sta
   CheckpointWriter writer(directory);
   write_model(writer, state.weights, DType::f32, state.tokenizer);
   write_states(writer.directory() / kOptimizerFile, state.states);
+  if (state.averages != nullptr) state.averages->save(writer.directory());
   writer.write_json("state.json", position_json(state, at));
   writer.commit();
 }
 
-void save_snapshot(const std::filesystem::path& directory, const RunState& state, const RunPosition& at, DType dtype) {
+void save_snapshot(const std::filesystem::path& directory, const RunState& state, const RunPosition& at, DType dtype,
+                   const Json& merge) {
   CheckpointWriter writer(directory);
   write_model(writer, state.weights, dtype, state.tokenizer);
   writer.write_json("state.json", position_json(state, at));
+  if (!merge.is_null()) writer.write_json("merge.json", merge);
   writer.commit();
 }
 
@@ -93,6 +97,7 @@ RunPosition load_checkpoint(const std::filesystem::path& directory, const RunSta
         directory.string(), saved.parameter_count(), state.weights.config().parameter_count());
   load_weights(directory, state.weights);
   read_states(directory / kOptimizerFile, state.states);
+  if (state.averages != nullptr) state.averages->load(directory);
   return at;
 }
 

@@ -21,6 +21,7 @@ namespace {
 bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
 std::filesystem::path snapshots_of(const Config& config) { return std::filesystem::path(config.run.dir) / "snapshots"; }
+std::filesystem::path averages_of(const Config& config) { return std::filesystem::path(config.run.dir) / "averages"; }
 
 }  // namespace
 
@@ -93,6 +94,8 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
     evaluator_ =
         std::make_unique<Evaluator>(device_weights_, config.eval.micro.value_or(micro_.sequences), config.data.seq_len);
   }
+  if (!config.averages.empty())
+    averages_ = std::make_unique<Averages>(config, device_weights_, communicator.rank() == 0);
 }
 
 Trainer::~Trainer() = default;
@@ -115,7 +118,8 @@ RunState Trainer::run_state(Holds what) const {
   return {.weights = weights(),
           .states = what == Holds::everything ? states() : states_,
           .config = to_json(config_),
-          .tokenizer = config_.data.tokenizer};
+          .tokenizer = config_.data.tokenizer,
+          .averages = averages_.get()};
 }
 
 bool Trainer::resume_latest() {
@@ -126,7 +130,7 @@ bool Trainer::resume_latest() {
 }
 
 void Trainer::resume(const std::filesystem::path& checkpoint) {
-  at_ = load_checkpoint(checkpoint, {weights_, states_, {}, {}});
+  at_ = load_checkpoint(checkpoint, {weights_, states_, {}, {}, averages_.get()});
   device_weights_.push();
   device_states_.push();
   if (communicator_.rank() == 0) log_info("resumed {} at step {}", checkpoint.string(), at_.step);
@@ -198,7 +202,8 @@ void Trainer::launch() {
                        .counted = counted,
                        .lr = scalar(scalars, Scalar::lr),
                        .fetch = backend_->fetch(inputs_.scalars.view()),
-                       .begin = begin});
+                       .begin = begin,
+                       .average_ms = averages_ ? averages_->take(at_) : std::nullopt});
 }
 
 StepMetrics Trainer::collect() {
@@ -225,7 +230,8 @@ StepMetrics Trainer::collect() {
           .tokens_per_s = tokens_per_s,
           .mfu = peak_flops_per_s_ > 0 ? tokens_per_s * model_.flops_per_token(config_.data.seq_len) / peak_flops_per_s_
                                        : std::nan(""),
-          .memory_bytes = memory_bytes()};
+          .memory_bytes = memory_bytes(),
+          .average_ms = step.average_ms};
 }
 
 Evaluation Trainer::evaluate() {
@@ -256,6 +262,30 @@ void Trainer::snapshot() {
   communicator_.barrier();
 }
 
+/// Writes, evaluates and reports the averages that a step completed.
+void Trainer::finish_averages(StepMetrics& metrics) {
+  for (const std::size_t window : averages_->full()) {
+    const auto begin = std::chrono::steady_clock::now();
+    const FinishedAverage average = averages_->finish(window);
+    if (options_.write_files && communicator_.rank() == 0)
+      save_snapshot(averages_of(config_) / ("window_" + average.name) / checkpoint_name(at_.step),
+                    {average.weights, states_, to_json(config_), config_.data.tokenizer}, at_, DType::f32,
+                    provenance(average));
+    const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
+    metrics.average_ms = metrics.average_ms.value_or(0) + ms.count();
+    if (!valid_ || !average.evaluate) continue;
+    for (std::size_t s = 0; s < device_weights_.count(); ++s) {
+      const Tensor storage = average.weights.storage(s);
+      communicator_.broadcast({static_cast<std::byte*>(storage.data), storage.bytes()});
+    }
+    device_weights_.with(average.weights, [&] { metrics.average_loss.push_back({average.name, evaluate().loss}); });
+    if (outputs_ && outputs_->progress)
+      outputs_->progress->message(fmt::format("average {} at step {}: validation loss {:.4f}", average.name, at_.step,
+                                              metrics.average_loss.back().loss));
+  }
+  collected_ = std::chrono::steady_clock::now();
+}
+
 TrainSummary Trainer::summary() const {
   return {.at = at_,
           .train_loss = train_loss_,
@@ -268,7 +298,8 @@ TrainSummary Trainer::summary() const {
 
 bool Trainer::pauses_after(std::int64_t step) const {
   return step == config_.schedule.total_steps || (valid_ && due(config_.eval.every, step)) ||
-         due(config_.snapshots.every, step) || due(config_.checkpoint.every, step);
+         due(config_.snapshots.every, step) || due(config_.checkpoint.every, step) ||
+         (averages_ && averages_->any_full());
 }
 
 /// Evaluation, log, snapshot and checkpoint of a step; true when it was saved.
@@ -278,6 +309,7 @@ bool Trainer::after_step(StepMetrics& metrics) {
     metrics.valid_loss = valid_loss_ = evaluate().loss;
     collected_ = std::chrono::steady_clock::now();
   }
+  if (averages_ && averages_->any_full()) finish_averages(metrics);
   if (outputs_) outputs_->write(metrics);
   if (due(config_.snapshots.every, step) && snapshot_due_phase(config_, step)) snapshot();
   const bool saves = due(config_.checkpoint.every, step);

@@ -7,6 +7,7 @@
 #include "graph/executor.h"
 #include "io/dataset.h"
 #include "report/metrics.h"
+#include "train/averages.h"
 #include "train/config.h"
 #include "train/device_memory.h"
 #include "train/evaluator.h"
@@ -87,6 +88,7 @@ class Trainer {
   bool after_step(StepMetrics& metrics);
   void save(const char* what);
   void snapshot();
+  void finish_averages(StepMetrics& metrics);
   void stop_if_diverged(std::string_view what, double value, std::int64_t step) const;
   TrainSummary summary() const;
 
@@ -97,6 +99,7 @@ class Trainer {
     double lr;
     std::size_t fetch;  // of the scalars
     std::chrono::steady_clock::time_point begin;
+    std::optional<double> average_ms;  // that taking its weights held the host up
   };
 
   Config config_;
@@ -119,6 +122,7 @@ class Trainer {
   Executor executor_;
   std::unique_ptr<Replay> replay_;
   std::unique_ptr<Evaluator> evaluator_;
+  std::unique_ptr<Averages> averages_;  // null where none are configured
   std::unique_ptr<Outputs> outputs_;
   RunPosition at_;                  // of the last step launched
   std::vector<Launched> launched_;  // oldest first, at most two
