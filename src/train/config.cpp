@@ -68,6 +68,11 @@ std::span<const Spelling<Recompute>> spellings() {
   return kAll;
 }
 template <>
+std::span<const Spelling<OnDivergence>> spellings() {
+  static constexpr Spelling<OnDivergence> kAll[] = {{"stop", OnDivergence::stop}, {"merge", OnDivergence::merge}};
+  return kAll;
+}
+template <>
 std::span<const Spelling<UpdatePlacement>> spellings() {
   static constexpr Spelling<UpdatePlacement> kAll[] = {{"auto", UpdatePlacement::automatic},
                                                        {"after_backward", UpdatePlacement::after_backward},
@@ -151,6 +156,8 @@ const std::vector<Field>& fields() {
       KILN_FIELD("run.seed", run.seed, "of initialisation, data order and projectors"),
       KILN_FIELD("run.device", run.device, "auto | cpu | cuda"),
       KILN_FIELD("run.threads", run.threads, "threads of a rank; auto: the processors it may use"),
+      KILN_FIELD("run.on_divergence", run.on_divergence,
+                 "stop (exit code 5) | merge (go on from the mean of the last checkpoints)"),
       KILN_FIELD("model.preset", model.preset, "llama_{9m,60m,130m,350m,1b,7b}; the keys below override it"),
       KILN_FIELD("model.hidden", model.hidden, "model width C"),
       KILN_FIELD("model.ffn", model.ffn, "width of the SwiGLU"),
@@ -199,6 +206,11 @@ const std::vector<Field>& fields() {
       KILN_FIELD("parallel.zero", parallel.zero, "0 | 1"),
       KILN_FIELD("checkpoint.every", checkpoint.every, "steps between checkpoints; 0: only the last"),
       KILN_FIELD("checkpoint.keep", checkpoint.keep, "checkpoints kept; 0: all"),
+      KILN_FIELD("rescue.checkpoints", rescue.checkpoints, "on_divergence merge: how many are averaged"),
+      KILN_FIELD("rescue.limit", rescue.limit, "rescues of a run; the next divergence stops it"),
+      KILN_FIELD("rescue.skip", rescue.skip, "batches left out, the offending one first"),
+      KILN_FIELD("rescue.spike", rescue.spike,
+                 "a loss above this many times the median of the last 64 diverges too; auto: only one not finite"),
       KILN_FIELD("snapshots.every", snapshots.every, "steps between snapshots for merging; 0: none"),
       KILN_FIELD("snapshots.dtype", snapshots.dtype, "fp32 | bf16"),
       KILN_FIELD("snapshots.start", snapshots.start, "first step; auto: while the learning rate is constant"),

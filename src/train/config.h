@@ -18,6 +18,7 @@ namespace kiln {
 enum class Device { automatic, cpu, cuda };
 enum class WeightPrecision { fp32, bf16_sr };
 enum class StatePrecision { fp32, bf16, int8 };
+enum class OnDivergence { stop, merge };
 enum class UpdatePlacement { automatic, after_backward, in_backward };
 
 /// Weights averaged while they are trained: every `every` steps, `count` times, then anew.
@@ -37,6 +38,7 @@ struct Config {
     std::uint64_t seed = 1;
     Device device = Device::automatic;
     std::optional<std::int64_t> threads;
+    OnDivergence on_divergence = OnDivergence::stop;
   } run;
   struct Model {
     std::string preset;
@@ -83,6 +85,12 @@ struct Config {
     std::int64_t every = 500;
     std::int64_t keep = 3;
   } checkpoint;
+  struct Rescue {                  // run.on_divergence: merge
+    std::int64_t checkpoints = 3;  // merged, the newest from before the divergence
+    std::int64_t limit = 2;        // rescues of a run
+    std::int64_t skip = 1;         // batches left out, the offending one first
+    std::optional<double> spike;   // a loss above this many medians diverges as well
+  } rescue;
   struct Snapshots {
     std::int64_t every = 0;  // 0: none
     DType dtype = DType::f32;

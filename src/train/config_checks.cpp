@@ -37,6 +37,19 @@ void check_averages(const std::vector<AverageWindow>& windows) {
   }
 }
 
+void check_rescue(const Config& config) {
+  at_least("rescue.checkpoints", config.rescue.checkpoints, 1);
+  at_least("rescue.limit", config.rescue.limit, 0);
+  at_least("rescue.skip", config.rescue.skip, 0);
+  if (config.rescue.spike)
+    check(*config.rescue.spike > 1, "rescue.spike: {}, expected more than 1, such as 2", *config.rescue.spike);
+  if (config.run.on_divergence == OnDivergence::stop) return;
+  check(config.checkpoint.every > 0, "run.on_divergence: merge needs checkpoints; set checkpoint.every");
+  check(config.checkpoint.keep == 0 || config.checkpoint.keep >= config.rescue.checkpoints,
+        "checkpoint.keep: {}, but rescue.checkpoints merges {}; keep as many", config.checkpoint.keep,
+        config.rescue.checkpoints);
+}
+
 }  // namespace
 
 void validate(const Config& config) {
@@ -50,6 +63,7 @@ void validate(const Config& config) {
   at_least("checkpoint.keep", config.checkpoint.keep, 0);
   at_least("snapshots.every", config.snapshots.every, 0);
   check_averages(config.averages);
+  check_rescue(config);
   at_least("eval.every", config.eval.every, 0);
   at_least("eval.tokens", config.eval.tokens, 1);
   check(config.parallel.zero == 0 || config.parallel.zero == 1, "parallel.zero: {}, expected 0 or 1",

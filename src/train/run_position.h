@@ -9,6 +9,7 @@ struct RunPosition {
   std::int64_t step = 0;      // updates done
   std::int64_t tokens = 0;    // trained on, over all ranks
   std::int64_t position = 0;  // samples drawn
+  std::int64_t rescues = 0;   // times that it went on from a merge after a divergence
   bool operator==(const RunPosition&) const = default;
 };
 

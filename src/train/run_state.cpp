@@ -15,11 +15,8 @@ constexpr int kStateVersion = 1;
 constexpr const char* kOptimizerFile = "optimizer-00000-of-00001.safetensors";
 
 Json position_json(const RunState& state, const RunPosition& at) {
-  return {{"version", kStateVersion},
-          {"step", at.step},
-          {"tokens", at.tokens},
-          {"data_position", at.position},
-          {"config", state.config}};
+  return {{"version", kStateVersion},     {"step", at.step},       {"tokens", at.tokens},
+          {"data_position", at.position}, {"rescues", at.rescues}, {"config", state.config}};
 }
 
 void write_states(const std::filesystem::path& path, const OptimizerStates& states) {
@@ -86,7 +83,10 @@ RunPosition load_checkpoint(const std::filesystem::path& directory, const RunSta
   try {
     if (json.at("version").get<int>() != kStateVersion)
       fail(ExitCode::data, "{}: version {}, expected {}", path.string(), json.at("version").dump(), kStateVersion);
-    at = {.step = json.at("step"), .tokens = json.at("tokens"), .position = json.at("data_position")};
+    at = {.step = json.at("step"),
+          .tokens = json.at("tokens"),
+          .position = json.at("data_position"),
+          .rescues = json.value("rescues", std::int64_t{0})};
   } catch (const nlohmann::json::exception& e) {
     fail(ExitCode::data, "{}: not a run's state ({}); resume from a checkpoint that kiln wrote", path.string(),
          e.what());

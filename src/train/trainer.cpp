@@ -11,6 +11,7 @@
 #include "report/progress.h"
 #include "report/tensorboard.h"
 #include "train/device.h"
+#include "train/divergence.h"
 #include "train/model_files.h"
 #include "train/schedule.h"
 #include "train/step_bench.h"
@@ -94,6 +95,7 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
     evaluator_ =
         std::make_unique<Evaluator>(device_weights_, config.eval.micro.value_or(micro_.sequences), config.data.seq_len);
   }
+  if (config.rescue.spike && communicator.rank() == 0) spike_.emplace(*config.rescue.spike);
   if (!config.averages.empty())
     averages_ = std::make_unique<Averages>(config, device_weights_, communicator.rank() == 0);
 }
@@ -162,13 +164,26 @@ double Trainer::load_batch() {
   return communicator_.sum(static_cast<double>(counted));
 }
 
-/// The update of such a step changed nothing (optim/optimizer.h).
-void Trainer::stop_if_diverged(std::string_view what, double value, std::int64_t step) const {
-  if (std::isfinite(value)) return;
-  fail(ExitCode::diverged,
-       "{}: the {} of step {} is {}, expected a finite number; the last checkpoint stands: lower schedule.peak_lr or "
-       "optimizer.clip_norm and resume",
-       config_.run.dir, what, step, value);
+/// Throws a Divergence. The update of a step whose loss or norm is not finite changed nothing (optim/optimizer.h).
+void Trainer::stop_if_diverged(const RunPosition& at, double grad_norm) {
+  std::string why;
+  if (!std::isfinite(train_loss_) || !std::isfinite(grad_norm))
+    why = fmt::format("the {} of step {} is {}, expected a finite number",
+                      std::isfinite(train_loss_) ? "gradient norm" : "loss", at.step,
+                      std::isfinite(train_loss_) ? grad_norm : train_loss_);
+  else if (spike_ && (*spike_)(train_loss_))
+    why = fmt::format("the loss of step {} is {:.4f}, expected at most {} times the median {:.4f} (rescue.spike)",
+                      at.step, train_loss_, *config_.rescue.spike, spike_->median());
+  bool diverged = !why.empty();
+  // Ranks that may be rescued, or do not look for spikes themselves, all follow the one that saw it.
+  if (config_.rescue.spike || config_.run.on_divergence == OnDivergence::merge)
+    diverged = communicator_.maximum(diverged ? 1 : 0) > 0;
+  if (!diverged) return;
+  if (why.empty()) why = fmt::format("step {} diverged, as another rank saw", at.step);
+  throw Divergence(fmt::format("{}: {}; the last checkpoint stands: lower schedule.peak_lr or optimizer.clip_norm and "
+                               "resume",
+                               config_.run.dir, why),
+                   at);
 }
 
 /// All the work of a step on the device; the same at every step, so that a device can replay it.
@@ -213,8 +228,7 @@ StepMetrics Trainer::collect() {
   StepScalars scalars{};
   backend_->collect(step.fetch, scalars.data());
   train_loss_ = communicator_.sum(scalar(scalars, Scalar::loss)) / step.counted;
-  stop_if_diverged("loss", train_loss_, step.at.step);
-  stop_if_diverged("gradient norm", scalar(scalars, Scalar::grad_norm), step.at.step);
+  stop_if_diverged(step.at, scalar(scalars, Scalar::grad_norm));
 
   // With two steps under way, the device began this one when it had finished the one before.
   const auto end = std::chrono::steady_clock::now();
@@ -321,6 +335,9 @@ TrainSummary Trainer::run() {
   const std::int64_t total = config_.schedule.total_steps;
   if (options_.write_files && communicator_.rank() == 0)
     outputs_ = std::make_unique<Outputs>(config_, at_.step, options_);
+  // A resumed run judges losses by those before it, as one that never stopped.
+  if (outputs_ && spike_)
+    for (const StepMetrics& before : read_metrics(outputs_->directory / "metrics.jsonl")) (*spike_)(before.loss);
   double rate = published_flops_per_s(*backend_);
   if (backend_->is_host())
     for (const GemmRate& library : bench_gemm(1024, 1024, 1024, 2)) rate = std::max(rate, library.flops_per_s);
