@@ -90,6 +90,19 @@ TEST_CASE("predict tells the annealed loss, checks it with a real anneal, and le
   CHECK_THAT(read_text(at.dir / "run/prediction.html"), ContainsSubstring("Predicted anneals"));
 }
 
+TEST_CASE("predict evaluates where it is told, and a held-out set of one sequence has no interval over sequences") {
+  const Workspace at;
+  REQUIRE(at("KILN train DIR/c.yaml snapshots.every=2 --quiet").code == 0);
+  const Outcome one = at("KILN predict DIR/run --tokens 16");
+  INFO(one.text);
+  REQUIRE(one.code == 0);
+  CHECK_THAT(one.text, ContainsSubstring("16 held-out tokens in 1 sequence, in f32") && !ContainsSubstring("nan"));
+  CHECK(read_json(at.dir / "run/prediction.json").at("low").is_number());
+  const Outcome device = at("KILN predict DIR/run --device gpu");
+  CHECK(device.code == 2);
+  CHECK_THAT(device.text, ContainsSubstring("device 'gpu', expected auto, cpu or cuda"));
+}
+
 TEST_CASE("predict names what a run lacks") {
   const Workspace at;
   CHECK(at("KILN predict DIR/run").code == 2);  // no run
