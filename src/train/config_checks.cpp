@@ -57,8 +57,6 @@ void check_supported(const Config& config) {
            "optimizer.kind: adamw, or run.device: cpu");
   if (config.optimizer.states != StatePrecision::fp32)
     refuse("optimizer.states other than fp32", "optimizer.states: fp32");
-  if (config.memory.update == UpdatePlacement::in_backward)
-    refuse("memory.update: in_backward", "memory.update: after_backward");
   if (config.parallel.zero != 0) refuse("parallel.zero: 1", "parallel.zero: 0");
   check(!config.run.dir.empty(), "run.dir is missing; name the directory of the run");
   check(!config.model.preset.empty() || config.model.hidden.has_value(),
