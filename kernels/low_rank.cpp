@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "base/rng.h"
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
 #include "optim/low_rank_adam.h"

@@ -48,6 +48,9 @@ OptimizerOptions optimizer_options(const Config& config) {
           .projector = o.projector,
           .variant = o.variant,
           .gamma = o.gamma,
+          .states = o.states,
+          .projector_states = o.projector_states,
+          .stagger = o.stagger.value_or(o.projector == ProjectorKind::power),
           .seed = config.run.seed};
 }
 
