@@ -16,6 +16,8 @@ struct Parameter {
   std::int64_t row_begin = 0;  // first row of this parameter in its storage
   bool decay = false;          // decoupled weight decay applies
   bool low_rank = false;       // a linear weight of a layer: low-rank optimizers project its gradient
+  /// Its number among the low-rank ones in table order, and how many there are: staggers their refreshes.
+  std::int64_t low_rank_index = 0, low_rank_count = 1;
 };
 
 /// Step scalars, one f64 tensor [kScalarCount] read and written by nodes, so that a captured step needs no host value.

@@ -86,6 +86,11 @@ ParameterTable llama_parameters(const LlamaConfig& config, const StorageLayout& 
   }
   build.vector("model.norm.weight", c.hidden);
   if (!c.tied) build.matrix("head", {{"lm_head.weight", c.vocab}}, c.hidden, false);
+  std::int64_t low_rank = 0;
+  for (Parameter& parameter : table.parameters)
+    if (parameter.low_rank) parameter.low_rank_index = low_rank++;
+  for (Parameter& parameter : table.parameters)
+    if (parameter.low_rank) parameter.low_rank_count = low_rank;
   return table;
 }
 

@@ -24,7 +24,7 @@ struct Geometry {
   bool right() const { return side == ProjectionSide::right; }
   std::int64_t vectors() const { return right() ? m : n; }
   std::int64_t short_side() const { return right() ? n : m; }
-  Shape moment_shape() const { return right() ? Shape{m, rank} : Shape{rank, n}; }
+  Shape moment_shape() const { return {vectors(), rank}; }
 };
 
 /// sum[v] = squared norm of vector v of a matrix whose vectors are rows or columns, in f64 and a fixed order.
@@ -67,7 +67,7 @@ struct Scratch {
   }
 };
 
-/// R = clip * G Q or clip * Q' G.
+/// R [vectors,r] = clip * G Q or clip * G' Q.
 template <typename T>
 void project(const Geometry& at, const T* g, const T* q, T clip, T* r) {
   if (at.right())
@@ -83,19 +83,19 @@ void project(const Geometry& at, const T* g, const T* q, T clip, T* r) {
              .alpha = clip});
   else
     gemm<T>({.trans_a = Trans::yes,
-             .m = at.rank,
-             .n = at.n,
+             .m = at.n,
+             .n = at.rank,
              .k = at.m,
-             .a = q,
-             .lda = at.rank,
-             .b = g,
-             .ldb = at.n,
+             .a = g,
+             .lda = at.n,
+             .b = q,
+             .ldb = at.rank,
              .c = r,
-             .ldc = at.n,
+             .ldc = at.rank,
              .alpha = clip});
 }
 
-/// W += scale * A Q' or scale * Q A.
+/// W += scale * A Q' or scale * Q A'.
 template <typename T>
 void add_projected_back(const Geometry& at, const T* a, const T* q, T scale, T* w) {
   if (at.right())
@@ -112,13 +112,14 @@ void add_projected_back(const Geometry& at, const T* a, const T* q, T scale, T* 
              .alpha = scale,
              .beta = 1});
   else
-    gemm<T>({.m = at.m,
+    gemm<T>({.trans_b = Trans::yes,
+             .m = at.m,
              .n = at.n,
              .k = at.rank,
              .a = q,
              .lda = at.rank,
              .b = a,
-             .ldb = at.n,
+             .ldb = at.rank,
              .c = w,
              .ldc = at.n,
              .alpha = scale,
@@ -142,6 +143,7 @@ class LowRankAdam final : public Optimizer {
                   .rank = o.rank,
                   .alpha = o.alpha,
                   .refresh = o.refresh,
+                  .stagger = o.stagger,
                   .projector = o.projector,
                   .residual = o.kind == OptimizerKind::fira ? Residual::scaled : Residual::none,
                   .variant = o.variant,
@@ -205,13 +207,13 @@ void LowRankAdamUpdate::update_as(const UpdateArgs& args) const {
   const double clip = scalar(args.scalars, Scalar::clip_scale);
   const double rate = lr * std::sqrt(1.0 - std::pow(options_.beta2, step)) / (1.0 - std::pow(options_.beta1, step));
   const double decay = parameter().decay ? 1.0 - lr * options_.weight_decay : 1.0;
-  const auto steps_done = static_cast<std::int64_t>(step) - 1;
-  if (steps_done % options_.refresh == 0)
+  const auto step_number = static_cast<std::int64_t>(step);
+  if (refresh_due(schedule(), step_number))
     refresh_projector(args.g, args.states[0],
                       {.kind = options_.projector,
                        .seed = options_.seed,
                        .stream = stream_of(parameter().name.c_str()),
-                       .cold = steps_done == 0});
+                       .cold = step_number == 1});
 
   const Scratch<T> scratch(args.workspace.data, at);
   T* w = args.w.as<T>();
@@ -241,9 +243,8 @@ void LowRankAdamUpdate::update_as(const UpdateArgs& args) const {
   }
 
   // phi, ||S|| and the limiter
-  const std::int64_t rows = at.right() ? at.m : at.rank, columns = at.right() ? at.rank : at.n;
-  squared_norms(r, rows, columns, at.right(), scratch.r2);
-  squared_norms(a, rows, columns, at.right(), scratch.n2);
+  squared_norms(r, at.vectors(), at.rank, true, scratch.r2);
+  squared_norms(a, at.vectors(), at.rank, true, scratch.n2);
   squared_norms(g, at.m, at.n, at.right(), scratch.g2);
   const double k = options_.variant == FiraVariant::paper ? 1.0 : options_.alpha;
   double s2 = 0;
@@ -260,12 +261,9 @@ void LowRankAdamUpdate::update_as(const UpdateArgs& args) const {
 
   // A = N - c phi R onto W through Q, and c phi G in one pass. In both variants A is scaled by alpha.
   for (std::int64_t i = 0; i < at.vectors(); ++i) phi[i] = static_cast<T>(static_cast<double>(phi[i]) / limit);
-  parallel_for(rows, 16, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(at.vectors(), 16, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i)
-      for (std::int64_t j = 0; j < columns; ++j) {
-        const std::int64_t e = i * columns + j;
-        a[e] -= (at.right() ? phi[i] : phi[j]) * r[e];
-      }
+      for (std::int64_t e = i * at.rank; e < (i + 1) * at.rank; ++e) a[e] -= phi[i] * r[e];
   });
   add_projected_back(at, a, q, static_cast<T>(-rate * options_.alpha), w);
   const double scale = options_.variant == FiraVariant::paper ? rate * options_.alpha : rate;

@@ -17,12 +17,13 @@ enum class Residual {
 ///   GaLore           W -= lr_t alpha N Q'
 ///   Fira, paper      W -= lr_t alpha (N Q' + S),   S = limit(phi (G - R Q'))
 ///   Fira, reference  W -= lr_t (alpha N Q' + S),   S = limit(phi (G - alpha R Q'))
-/// (transposed on the left side), lr_t = lr sqrt(1-b2^t)/(1-b1^t). The limiter divides S by
+/// (on the left side G and W are read as their transposes), lr_t = lr sqrt(1-b2^t)/(1-b1^t). The limiter divides S by
 /// max(||S||/(prev+1e-8), gamma)/gamma and keeps prev = ||S|| after the division; its first step only stores.
 /// Rows of the residual are orthogonal to Q, so ||S_i||^2 = phi_i^2 (||G_i||^2 - (2k-k^2)||R_i||^2) with k = 1 or alpha
 /// needs no S, and the update is one skinny GEMM onto W and one pass.
 ///
-/// states projector [min(m,n),r], exp_avg and exp_avg_sq [m,r] or [r,n], and for Fira limiter_norm [1] (0: none yet)
+/// states projector [min(m,n),r], exp_avg and exp_avg_sq [max(m,n),r] on either side, so that the r numbers of a row or
+///        column lie together, and for Fira limiter_norm [1] (0: none yet)
 /// floor  24 bytes a parameter in f32 and 4 m n r FLOPs: G read for R and its norms, then for the pass; W read and
 ///        written by the GEMM and by the pass. The CPU kernel reads G once more for the norms: 28. GaLore: 12
 /// paper  GaLore: Zhao et al. 2024, arXiv:2403.03507. Fira: Chen et al. 2024, arXiv:2410.01623
@@ -33,6 +34,7 @@ class LowRankAdamUpdate final : public UpdateOp {
     std::int64_t rank;
     double alpha;
     std::int64_t refresh;
+    bool stagger;
     ProjectorKind projector;
     Residual residual;
     FiraVariant variant;
@@ -44,6 +46,9 @@ class LowRankAdamUpdate final : public UpdateOp {
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
   static std::vector<StateSpec> states(const Parameter& parameter, const Options& options);
+  const Options& options() const { return options_; }
+  /// When this matrix is refreshed.
+  RefreshSchedule schedule() const { return refresh_schedule(parameter(), options_.refresh, options_.stagger); }
 
  protected:
   void update(const UpdateArgs& args) const override;

@@ -24,6 +24,10 @@ void check_options(const OptimizerOptions& o) {
   fraction("beta2", o.beta2);
   check(o.eps > 0, "optimizer.eps: {}, expected a positive number", o.eps);
   check(o.weight_decay >= 0, "optimizer.weight_decay: {}, expected at least 0", o.weight_decay);
+  for (const StatePrecision states : {o.states, o.projector_states})
+    check(
+        states == StatePrecision::fp32,
+        "optimizer.states and optimizer.projector_states other than fp32 are not available in this version; use fp32");
   if (o.kind == OptimizerKind::adamw) return;
   check(o.rank >= 1, "optimizer.rank: {}, expected at least 1", o.rank);
   check(o.refresh >= 1, "optimizer.refresh: {}, expected at least 1", o.refresh);

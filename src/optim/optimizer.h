@@ -11,6 +11,8 @@ namespace kiln {
 enum class OptimizerKind { adamw, galore, fira };
 enum class FiraVariant { paper, reference };
 enum class ProjectorKind { power, svd };
+/// How a state is stored; what a step computes from it is f32.
+enum class StatePrecision { fp32, bf16, int8 };
 
 struct OptimizerOptions {
   OptimizerKind kind = OptimizerKind::adamw;
@@ -20,8 +22,11 @@ struct OptimizerOptions {
   std::int64_t refresh = 200;  // steps between two projector refreshes
   ProjectorKind projector = ProjectorKind::power;
   FiraVariant variant = FiraVariant::paper;
-  double gamma = 1.01;     // norm-growth limiter
-  std::uint64_t seed = 1;  // cold start of the projector
+  double gamma = 1.01;                                     // norm-growth limiter
+  StatePrecision states = StatePrecision::fp32;            // moments
+  StatePrecision projector_states = StatePrecision::fp32;  // the basis of the subspace
+  bool stagger = true;     // refreshes of the matrices spread over the interval (optim/projector.h)
+  std::uint64_t seed = 1;  // cold start of the projector, stochastic rounding
 };
 
 /// One state tensor of one parameter: allocated, counted, saved, loaded and broadcast by the same list.

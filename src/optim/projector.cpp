@@ -98,6 +98,10 @@ ProjectionSide projection_side(const Shape& shape) {
   return shape[0] >= shape[1] ? ProjectionSide::right : ProjectionSide::left;
 }
 
+RefreshSchedule refresh_schedule(const Parameter& parameter, std::int64_t interval, bool stagger) {
+  return {.interval = interval, .offset = stagger ? parameter.low_rank_index * interval / parameter.low_rank_count : 0};
+}
+
 void refresh_projector(const Tensor& g, const Tensor& q, const RefreshOptions& options) {
   const std::int64_t side = q.shape()[0], rank = q.shape()[1];
   visit_real(g.dtype(), [&]<typename T>() {

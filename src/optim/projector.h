@@ -9,9 +9,25 @@ namespace kiln {
 /// Which side of G [m,n] is projected: the shorter one.
 enum class ProjectionSide {
   right,  // m >= n: Q [n,r], R = G Q [m,r]
-  left,   // m <  n: Q [m,r], R = Q' G [r,n]
+  left,   // m <  n: Q [m,r], R = G' Q [n,r]
 };
 ProjectionSide projection_side(const Shape& shape);
+
+/// When the subspace of one matrix is replaced. All matrices start cold at step 1; afterwards one is refreshed at the
+/// steps with (step - 1) % interval == offset. Staggered, matrix i of N has the offset i * interval / N, so that no
+/// step carries every refresh; else 0.
+struct RefreshSchedule {
+  std::int64_t interval = 200, offset = 0;
+};
+RefreshSchedule refresh_schedule(const Parameter& parameter, std::int64_t interval, bool stagger);
+/// Steps count from 1.
+constexpr bool refresh_due(const RefreshSchedule& schedule, std::int64_t step) {
+  return step == 1 || (step - 1) % schedule.interval == schedule.offset;
+}
+/// How many refreshes there were after the cold start, this step's included: 0, 1, 2...
+constexpr std::int64_t refresh_epoch(const RefreshSchedule& schedule, std::int64_t step) {
+  return (step - 1 + (schedule.interval - schedule.offset) % schedule.interval) / schedule.interval;
+}
 
 struct RefreshOptions {
   ProjectorKind kind = ProjectorKind::power;

@@ -17,7 +17,6 @@ namespace kiln {
 
 enum class Device { automatic, cpu, cuda };
 enum class WeightPrecision { fp32, bf16_sr };
-enum class StatePrecision { fp32, bf16, int8 };
 enum class OnDivergence { stop, merge };
 enum class UpdatePlacement { automatic, after_backward, in_backward };
 
@@ -67,7 +66,8 @@ struct Config {
     ProjectorKind projector = ProjectorKind::power;
     FiraVariant variant = FiraVariant::paper;
     double gamma = 1.01;
-    StatePrecision states = StatePrecision::fp32;
+    StatePrecision states = StatePrecision::fp32, projector_states = StatePrecision::fp32;
+    std::optional<bool> stagger;  // with the power projector, unless set
     double clip_norm = 1.0;
   } optimizer;
   struct Precision {

@@ -48,6 +48,9 @@ OptimizerOptions optimizer_options(const Config& config) {
           .projector = o.projector,
           .variant = o.variant,
           .gamma = o.gamma,
+          .states = o.states,
+          .projector_states = o.projector_states,
+          .stagger = o.stagger.value_or(o.projector == ProjectorKind::power),
           .seed = config.run.seed};
 }
 
@@ -64,6 +67,8 @@ BatchShape micro_batch(const Config& config, int ranks, const Backend& backend) 
   if (config.batch.micro) {
     micro = *config.batch.micro;
     check(share % micro == 0, "batch.micro: {} does not divide the {} sequences of a rank", micro, share);
+  } else if (config.memory.update == UpdatePlacement::in_backward) {
+    micro = share;  // an update in backward allows no second micro-batch
   } else {
     for (std::int64_t m = 1; m <= share; ++m)
       if (share % m == 0 && (m == 1 || m * config.data.seq_len <= most)) micro = m;

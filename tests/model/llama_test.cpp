@@ -184,10 +184,15 @@ TEST_CASE("the parameter table holds every element once") {
     for (const Storage& storage : table.storages) stored += storage.spec.shape.numel();
     CHECK(stored == config.parameter_count());
     std::set<std::string> names;
+    std::int64_t low_rank = 0;
     for (const Parameter& parameter : table.parameters) {
       names.insert(parameter.name);
       CHECK(parameter.decay == (parameter.shape.rank() == 2));
       CHECK(parameter.low_rank == (parameter.name.find("_proj.") != std::string::npos));
+      if (parameter.low_rank) {
+        CHECK(parameter.low_rank_index == low_rank++);
+        CHECK(parameter.low_rank_count == 7 * config.layers);
+      }
     }
     CHECK(names.size() == table.parameters.size());
     CHECK(names.contains("lm_head.weight") == !tied);

@@ -5,6 +5,7 @@
 #include "base/rng.h"
 #include "catch.h"
 #include "core/parallel.h"
+#include "optim/projector.h"
 #include "optim/support.h"
 
 using namespace kiln;
@@ -213,6 +214,40 @@ TEST_CASE("the projector is refreshed at steps 1, 1 + T, 1 + 2T") {
     const auto q = driver.state("projector").span<float>();
     INFO("step " << t);
     CHECK(std::equal(q.begin(), q.end(), last.begin()) == ((t - 1) % options.refresh != 0));
+    last.assign(q.begin(), q.end());
+  }
+}
+
+TEST_CASE("refreshes are spread over the interval, and each matrix starts cold at step 1") {
+  Parameter parameter = test::matrix(24, 16);
+  parameter.low_rank_count = 7;
+  std::vector<int> refreshes(31, 0);
+  for (parameter.low_rank_index = 0; parameter.low_rank_index < 7; ++parameter.low_rank_index) {
+    const RefreshSchedule schedule = refresh_schedule(parameter, 10, true);
+    CHECK(schedule.offset == parameter.low_rank_index * 10 / 7);
+    std::int64_t epoch = -1;
+    for (std::int64_t t = 1; t <= 30; ++t) {
+      const bool due = refresh_due(schedule, t);
+      refreshes[static_cast<std::size_t>(t)] += due;
+      epoch += due;
+      CHECK(refresh_epoch(schedule, t) == epoch);
+    }
+  }
+  CHECK(refreshes[1] == 7);
+  for (std::size_t t = 2; t <= 30; ++t) CHECK(refreshes[t] <= 1);
+  CHECK(refresh_schedule(parameter, 10, false).offset == 0);
+
+  // The op keeps to it.
+  parameter.low_rank_index = 3;  // offset 2 of 5
+  OptimizerOptions options = fira(FiraVariant::paper);
+  REQUIRE(options.stagger);
+  test::Driver<float> driver(options, parameter);
+  std::vector<float> last(driver.state("projector").numel(), 0.0f);
+  for (std::int64_t t = 1; t <= 12; ++t) {
+    test::fill_gradient(driver.g(), 24, 16, t);
+    driver.step(t, 0.01);
+    const auto q = driver.state("projector").span<float>();
+    CHECK(std::equal(q.begin(), q.end(), last.begin()) == (t != 1 && t != 3 && t != 8));
     last.assign(q.begin(), q.end());
   }
 }

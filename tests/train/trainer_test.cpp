@@ -150,6 +150,39 @@ TEST_CASE("micro-batches of any size give the same step") {
   CHECK(losses[2] == Approx(losses[0]).epsilon(1e-6));
 }
 
+TEST_CASE("updates in backward give the same weights in less memory") {
+  for (const std::string optimizer : {"adamw", "galore", "fira"}) {
+    INFO(optimizer);
+    const TemporaryDirectory dir;
+    const auto communicator = make_local_communicator();
+    const std::vector<std::string> whole{"batch.micro=12", "optimizer.clip_norm=0"};
+    std::vector<std::string> early = whole;
+    early.push_back("memory.update=in_backward");
+    Trainer last(make_config(dir.path, optimizer, whole), *communicator, {.quiet = true, .write_files = false});
+    Trainer first(make_config(dir.path, optimizer, early), *communicator, {.quiet = true, .write_files = false});
+    for (int step = 0; step < 6; ++step) {
+      const StepMetrics a = last.step(), b = first.step();
+      CHECK(a.loss == b.loss);
+      CHECK(b.grad_norm == Approx(a.grad_norm).epsilon(1e-12));
+    }
+    CHECK(bytes_of(first) == bytes_of(last));
+    CHECK(first.memory_bytes() < last.memory_bytes());
+  }
+}
+
+TEST_CASE("updates in backward are refused where gradients must be complete first") {
+  const TemporaryDirectory dir;
+  const auto communicator = make_local_communicator();
+  const auto refused = [&](std::vector<std::string> overrides, const std::string& sentence) {
+    overrides.push_back("memory.update=in_backward");
+    const Config config = make_config(dir.path, "adamw", std::move(overrides));
+    CHECK_THROWS_WITH(Trainer(config, *communicator, {.quiet = true, .write_files = false}),
+                      ContainsSubstring(sentence));
+  };
+  refused({"optimizer.clip_norm=0"}, "in_backward with 6 micro-batches");
+  refused({"batch.micro=12"}, "in_backward with optimizer.clip_norm 1");
+}
+
 TEST_CASE("one batch is learnt by heart") {
   const TemporaryDirectory dir;
   write_shard(dir.path / "train.bin", 2 * 16 + 1, 64);  // two samples
