@@ -86,7 +86,7 @@ std::vector<float> gradient_of(std::size_t matrix, int step) {
   for (std::uint64_t term = 0; term < 40; ++term) {
     const std::vector<float> u = normals(shape[0], seed + 1000 + term, 1), v = normals(shape[1], seed + 2000 + term, 1);
     const float size = 1e-3f * std::pow(0.85f, static_cast<float>(term)) *
-                       (1 + 0.3f * std::sin(static_cast<float>(step) + static_cast<float>(term)));
+                       (1 + 0.1f * std::sin(static_cast<float>(step) + static_cast<float>(term)));
     for (std::int64_t i = 0; i < shape[0]; ++i)
       for (std::int64_t j = 0; j < shape[1]; ++j)
         g[static_cast<std::size_t>(i * shape[1] + j)] +=
