@@ -64,7 +64,7 @@ void merge_before(const Config& config, const Divergence& divergence, const std:
 fs::path rescue(const Config& config, const Divergence& divergence, Communicator& communicator) {
   const RunPosition& at = divergence.at();
   if (at.rescues >= config.rescue.limit)
-    fail(ExitCode::diverged, "{}; it was rescued {} times already (rescue.limit)", divergence.what(), at.rescues);
+    fail(ExitCode::diverged, "{}; no rescue is left of {} (rescue.limit)", divergence.what(), config.rescue.limit);
   std::vector<fs::path> checkpoints;
   if (communicator.rank() == 0) checkpoints = checkpoints_before(config, at.step);
   if (communicator.maximum(static_cast<double>(checkpoints.size())) == 0)

@@ -180,6 +180,8 @@ void Trainer::stop_if_diverged(const RunPosition& at, double grad_norm) {
     diverged = communicator_.maximum(diverged ? 1 : 0) > 0;
   if (!diverged) return;
   if (why.empty()) why = fmt::format("step {} diverged, as another rank saw", at.step);
+  backend_->synchronize();  // the next step may be under way, and memory be freed when this is caught
+  launched_.clear();
   throw Divergence(fmt::format("{}: {}; the last checkpoint stands: lower schedule.peak_lr or optimizer.clip_norm and "
                                "resume",
                                config_.run.dir, why),
