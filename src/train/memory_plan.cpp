@@ -92,7 +92,8 @@ PackedMemory packed_memory(const Config& config, const MemoryChoice& choice, con
   if (backend.is_host()) return memory;
   memory.inputs = backend.staging_bytes() +
                   input_bytes(options.model, rank_share(config, communicator.size()) * length, length) +
-                  (config.data.valid.empty() ? 0 : input_bytes(options.model, eval * length, length));
+                  (config.data.valid.empty() ? 0 : input_bytes(options.model, eval * length, length)) +
+                  (config.averages.empty() ? 0 : train.parameter_bytes());
   return memory;
 }
 

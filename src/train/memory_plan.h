@@ -25,7 +25,7 @@ struct PackedMemory {
   std::uint64_t weights = 0, states = 0;
   std::uint64_t arena = 0;       // gradients, activations and workspace, packed by lifetime
   std::uint64_t evaluation = 0;  // the evaluator's arena, when there is validation data
-  std::uint64_t inputs = 0;      // on a GPU: tokens, RoPE table, scalars and the staging of copies
+  std::uint64_t inputs = 0;      // on a GPU: tokens, RoPE table, scalars and the staging of copies and averages
   std::uint64_t peak_gradients = 0, peak_activations = 0, peak_workspace = 0;  // at the arena's fullest moment
   std::uint64_t total() const { return weights + states + arena + evaluation + inputs; }
 };

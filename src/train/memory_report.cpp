@@ -175,18 +175,20 @@ MemoryReport memory_report(const Config& config, Communicator& communicator, con
   const Site site{backend, communicator};
   const MemoryChoice choice = site.configured(config);
   const TrainPlanOptions options = plan_options(config, choice, backend, communicator.size());
-  MemoryReport report{.name = config.run.name,
-                      .device = backend.name(),
-                      .model = options.model,
-                      .micro = choice.micro,
-                      .recompute = choice.recompute,
-                      .micro_batches = options.micro_batches,
-                      .rank = config.optimizer.rank,
-                      .ranks = communicator.size(),
-                      .budget = config.memory.budget,
-                      .optimizers = {},
-                      .without_kernels = {},
-                      .presets = {}};
+  MemoryReport report{
+      .name = config.run.name,
+      .device = backend.name(),
+      .model = options.model,
+      .micro = choice.micro,
+      .recompute = choice.recompute,
+      .micro_batches = options.micro_batches,
+      .rank = config.optimizer.rank,
+      .ranks = communicator.size(),
+      .budget = config.memory.budget,
+      .averages_host = average_host_bytes(config, record_train_plan(options, communicator).parameter_bytes(), backend),
+      .optimizers = {},
+      .without_kernels = {},
+      .presets = {}};
   for (const OptimizerKind kind : optimizer_kinds()) {
     const Config one = with_optimizer(config, kind);
     if (runs(one, site))

@@ -72,6 +72,7 @@ struct MemoryReport {
   std::int64_t micro_batches = 1, rank = 0;
   int ranks = 1;
   std::optional<std::uint64_t> budget;
+  std::uint64_t averages_host = 0;  // host bytes of the first rank for `averages`, beside all others
   std::vector<OptimizerMemory> optimizers;
   std::vector<OptimizerKind> without_kernels;  // that the device cannot run
   std::vector<PresetMemory> presets;

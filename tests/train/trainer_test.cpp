@@ -10,6 +10,7 @@
 #include "core/parallel.h"
 #include "io/checkpoint.h"
 #include "io/shard.h"
+#include "train/divergence.h"
 
 // Heap allocations of the whole process, counted while a test asks for it: operator new and malloc alike. The
 // sanitizers bring their own allocator, which must not be replaced.
@@ -223,9 +224,11 @@ TEST_CASE("a loss that is not finite stops the run before the update, with exit 
   try {
     for (int i = 0; i < 20; ++i) trainer.step();
     FAIL("no error");
-  } catch (const Error& e) {
+  } catch (const Divergence& e) {
     CHECK(e.code() == ExitCode::diverged);
     CHECK_THAT(std::string(e.what()), ContainsSubstring("the last checkpoint stands"));
+    CHECK(e.at().step == trainer.at().step);
+    CHECK(e.at().position == 12 * e.at().step);  // behind the offending batch
   }
 }
 
