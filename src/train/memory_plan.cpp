@@ -28,7 +28,7 @@ std::uint64_t evaluation_bytes(const Config& config, const LlamaConfig& model, s
 std::vector<MemoryChoice> candidates(const Config& config, int ranks, const Backend& backend) {
   const BatchShape preferred = micro_batch(config, ranks, backend);
   std::vector<std::int64_t> sizes{preferred.sequences};
-  if (!config.batch.micro && config.memory.update != UpdatePlacement::in_backward) {
+  if (!config.batch.micro) {
     sizes = micro_batches_of(config, ranks);
     std::erase_if(sizes, [&](std::int64_t size) { return size > preferred.sequences; });
     std::ranges::reverse(sizes);
@@ -104,6 +104,7 @@ PackedMemory packed_memory(const Config& config, Communicator& communicator) {
 
 std::vector<std::int64_t> micro_batches_of(const Config& config, int ranks) {
   const std::int64_t share = rank_share(config, ranks);
+  if (config.memory.update == UpdatePlacement::in_backward) return {share};
   std::vector<std::int64_t> list;
   for (std::int64_t size = 1; size <= share; ++size)
     if (share % size == 0) list.push_back(size);

@@ -35,7 +35,7 @@ PackedMemory packed_memory(const Config& config, const MemoryChoice& choice, con
 /// As configured, on the CPU.
 PackedMemory packed_memory(const Config& config, Communicator& communicator);
 
-/// Every micro-batch that divides the rank's share, ascending.
+/// Every micro-batch that divides the rank's share, ascending; with memory.update: in_backward the share alone.
 std::vector<std::int64_t> micro_batches_of(const Config& config, int ranks);
 
 /// The first within `budget` of: none, norms, block, each with micro-batches from micro_batch() down to an eighth of

@@ -112,8 +112,9 @@ PresetMemory preset_memory(const Config& config, std::string_view name, const Me
     PresetMemory::Entry entry{.kind = optimizer.kind, .smallest = {}, .largest_micro = {}};
     for (const Recompute recompute : kRecomputes) {
       entry.recompute = config.memory.recompute.value_or(recompute);
-      const BatchShape least{.sequences = 1, .seq_len = config.data.seq_len};
-      entry.smallest = {1, site.packed(one, {least, entry.recompute}).total()};
+      const BatchShape least{.sequences = micro_batches_of(one, site.communicator.size()).front(),
+                             .seq_len = config.data.seq_len};
+      entry.smallest = {least.sequences, site.packed(one, {least, entry.recompute}).total()};
       if (!config.memory.budget || config.memory.recompute || entry.smallest.bytes <= *config.memory.budget) break;
     }
     if (config.memory.budget && entry.smallest.bytes <= *config.memory.budget)
