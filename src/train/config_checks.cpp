@@ -55,6 +55,8 @@ void check_supported(const Config& config) {
   if (config.optimizer.kind != OptimizerKind::adamw && gpu)
     refuse(fmt::format("optimizer.kind: {} on a GPU", to_string(config.optimizer.kind)),
            "optimizer.kind: adamw, or run.device: cpu");
+  if (optimizer_options(config).states != StatePrecision::fp32 && gpu)
+    refuse("optimizer.states other than fp32 on a GPU", "optimizer.states: fp32, or run.device: cpu");
   if (config.memory.update == UpdatePlacement::in_backward)
     refuse("memory.update: in_backward", "memory.update: after_backward");
   if (config.parallel.zero != 0) refuse("parallel.zero: 1", "parallel.zero: 0");
