@@ -6,20 +6,19 @@
 #include "graph/parameter.h"
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
-#include "kernels/philox.cuh"
-#include "kernels/vector.cuh"
+#include "kernels/split_master.cuh"
 
 namespace kiln::cuda {
 namespace {
 
-constexpr int kThreads = 256, kPerThread = 4, kBlock = kThreads * kPerThread;
+constexpr int kThreads = 256, kPerThread = 8, kBlock = kThreads * kPerThread;
 
-/// One parameter; everything [n], aligned to four elements.
+/// One parameter; everything [n], aligned to eight elements.
 struct Target {
   std::uint16_t* w;    // bf16
   std::uint16_t* low;  // lower halves of the f32 masters; null: stochastic rounding
   const float* g;
-  float *m, *v;
+  void *m, *v;  // f32 or bf16
   std::int64_t n;
   std::uint64_t stream;  // of stochastic rounding
   double beta1, beta2, weight_decay;
@@ -50,23 +49,19 @@ __device__ Constants constants(const Target& t, const double* scalars) {
           static_cast<float>(t.pytorch ? 1.0 : decay)};
 }
 
-/// bf16 of `x`, up with the probability of the part that is cut off.
-__device__ std::uint16_t round_stochastically(float x, std::uint32_t random) {
-  const std::uint32_t bits = __float_as_uint(x);
-  return static_cast<std::uint16_t>((bits + (random & 0xffffu)) >> 16);
-}
-
-/// 28 bytes an element with masters: reads w, low, g, m, v and writes w, low, m, v, all in one launch for all
-/// parameters.
+/// Bytes an element: w, low, m and v are read and written, g is read: 28 with masters and f32 states, 16 with bf16
+/// everywhere but g. All parameters in one launch.
+template <typename State>
 __global__ void __launch_bounds__(kThreads)
     update(const Target* targets, const Piece* pieces, int count, const double* scalars, std::uint64_t seed) {
   if (!isfinite(scalars[static_cast<int>(Scalar::grad_norm)])) return;
   const float clip = static_cast<float>(scalars[static_cast<int>(Scalar::clip_scale)]);
+  const std::uint64_t key = rounding_seed(seed, scalars[static_cast<int>(Scalar::step)]);
   __shared__ Constants shared;
   int current = -1;
   for (int p = static_cast<int>(blockIdx.x); p < count; p += static_cast<int>(gridDim.x)) {
     const Piece piece = pieces[p];
-    const Target t = targets[piece.target];
+    const Target& t = targets[piece.target];
     if (piece.target != current) {
       __syncthreads();
       if (threadIdx.x == 0) shared = constants(t, scalars);
@@ -76,40 +71,20 @@ __global__ void __launch_bounds__(kThreads)
     const Constants c = shared;
     const std::int64_t i = piece.first + threadIdx.x * kPerThread;
     if (i >= t.n) continue;
-    const float4 g = *reinterpret_cast<const float4*>(t.g + i);
-    float4 m = *reinterpret_cast<const float4*>(t.m + i), v = *reinterpret_cast<const float4*>(t.v + i);
-    ushort4 w = *reinterpret_cast<const ushort4*>(t.w + i);
-    ushort4 low = make_ushort4(0, 0, 0, 0);
-    uint4 random = make_uint4(0, 0, 0, 0);
-    if (t.low != nullptr)
-      low = *reinterpret_cast<const ushort4*>(t.low + i);
-    else
-      random = philox(seed ^ static_cast<std::uint64_t>(scalars[static_cast<int>(Scalar::step)]) * 0x9E3779B97F4A7C15u,
-                      t.stream, static_cast<std::uint64_t>(i));
-    auto one = [&](float grad, float& moment, float& square, std::uint16_t& high, std::uint16_t& rest,
-                   std::uint32_t bits) {
-      const float x = clip * grad;
-      moment = c.b1 * moment + c.c1 * x;
-      square = c.b2 * square + c.c2 * x * x;
-      float value = __uint_as_float((static_cast<std::uint32_t>(high) << 16) +
-                                    static_cast<std::uint32_t>(static_cast<std::int16_t>(rest)));
-      value = c.after * (c.before * value - c.rate * moment / (sqrtf(square) / c.root + t.eps));
-      if (t.low == nullptr) {
-        high = round_stochastically(value, bits);
-        return;
-      }
-      const std::uint32_t result = __float_as_uint(value);
-      high = static_cast<std::uint16_t>((result + 0x8000u) >> 16);
-      rest = static_cast<std::uint16_t>(result);
-    };
-    one(g.x, m.x, v.x, w.x, low.x, random.x);
-    one(g.y, m.y, v.y, w.y, low.y, random.y);
-    one(g.z, m.z, v.z, w.z, low.z, random.z);
-    one(g.w, m.w, v.w, w.w, low.w, random.w);
-    *reinterpret_cast<float4*>(t.m + i) = m;
-    *reinterpret_cast<float4*>(t.v + i) = v;
-    *reinterpret_cast<ushort4*>(t.w + i) = w;
-    if (t.low != nullptr) *reinterpret_cast<ushort4*>(t.low + i) = low;
+    State *moments = static_cast<State*>(t.m) + i, *squares = static_cast<State*>(t.v) + i;
+    const Float8 g = load_state(t.g + i);
+    Float8 m = load_state(moments), v = load_state(squares);
+    Master8 w(t.w, t.low, i);
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const float x = clip * g.v[k];
+      m.v[k] = c.b1 * m.v[k] + c.c1 * x;
+      v.v[k] = c.b2 * v.v[k] + c.c2 * x * x;
+      w.value.v[k] = c.after * (c.before * w.value.v[k] - c.rate * m.v[k] / (sqrtf(v.v[k]) / c.root + t.eps));
+    }
+    store_state(moments, m, key, t.stream + 1, i);
+    store_state(squares, v, key, t.stream + 2, i);
+    w.store(t.w, t.low, i, key, t.stream);
   }
 }
 
@@ -120,8 +95,8 @@ class AdamKernel final : public Kernel {
     for (std::size_t i = 0; i < nodes.group.count; ++i) ops_.push_back(&nodes.op<AdamUpdate>(i));
     std::size_t pieces = 0;
     for (const AdamUpdate* op : ops_) pieces += blocks_for(op->parameter().shape.numel(), kBlock);
-    targets_ = allocate(ops_.size() * sizeof(Target));
-    pieces_ = allocate(pieces * sizeof(Piece));
+    targets_ = context.allocate(ops_.size() * sizeof(Target), "table of updates");
+    pieces_ = context.allocate(pieces * sizeof(Piece), "table of updates");
   }
 
   void bind(std::span<const KernelArgs> nodes) override {
@@ -136,8 +111,8 @@ class AdamKernel final : public Kernel {
       targets.push_back({.w = static_cast<std::uint16_t*>(a.w.data),
                          .low = static_cast<std::uint16_t*>(a.low.data),
                          .g = a.g.as<float>(),
-                         .m = a.states[0].as<float>(),
-                         .v = a.states[1].as<float>(),
+                         .m = a.states[0].data,
+                         .v = a.states[1].data,
                          .n = n,
                          .stream = ops_[i]->stream(),
                          .beta1 = o.beta1,
@@ -148,27 +123,19 @@ class AdamKernel final : public Kernel {
       for (std::int64_t first = 0; first < n; first += kBlock) pieces.push_back({static_cast<int>(i), first});
     }
     count_ = static_cast<int>(pieces.size());
-    copy(targets_, targets.data(), targets.size() * sizeof(Target));
-    copy(pieces_, pieces.data(), pieces.size() * sizeof(Piece));
+    copy_to_device(targets_, targets.data(), stream_);
+    copy_to_device(pieces_, pieces.data(), stream_);
   }
 
   void run(std::span<const KernelArgs> nodes) override {
-    launch({"adam_update", static_cast<unsigned>(std::min(count_, blocks_)), kThreads, stream_}, update,
-           reinterpret_cast<const Target*>(targets_.data()), reinterpret_cast<const Piece*>(pieces_.data()), count_,
-           nodes.front().in[2].as<double>(), ops_.front()->options().seed);
+    const bool wide = nodes.front().in[3].dtype() == DType::f32;
+    launch({"adam_update", static_cast<unsigned>(std::min(count_, blocks_)), kThreads, stream_},
+           wide ? update<float> : update<bf16>, reinterpret_cast<const Target*>(targets_.data()),
+           reinterpret_cast<const Piece*>(pieces_.data()), count_, nodes.front().in[2].as<double>(),
+           ops_.front()->options().seed);
   }
 
  private:
-  static Buffer allocate(std::size_t bytes) {
-    void* data = nullptr;
-    check_cuda(cudaMalloc(&data, bytes), "cudaMalloc of the update's tables");
-    return Buffer(static_cast<std::byte*>(data), bytes, [](std::byte* p) noexcept { cudaFree(p); });
-  }
-  void copy(const Buffer& to, const void* from, std::size_t bytes) const {
-    check_cuda(cudaMemcpyAsync(to.data(), from, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
-    check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-  }
-
   cudaStream_t stream_;
   int blocks_, count_ = 0;
   std::vector<const AdamUpdate*> ops_;

@@ -11,12 +11,16 @@
 
 namespace kiln::cuda {
 
-/// What kernels share: the device's stream and its GEMM plans.
+/// What kernels share: the device's stream, its GEMM plans, and memory for their tables.
 struct Context {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
   GemmPlans* gemms = nullptr;
+  std::function<Buffer(std::size_t bytes, std::string_view what)> allocate;  // Backend::allocate
 };
+
+/// Fills memory of the device from the host; waits, so that `from` may go.
+void copy_to_device(const Buffer& to, const void* from, cudaStream_t stream);
 
 /// A kernel that is one function of its node's tensors.
 class SimpleKernel final : public Kernel {
@@ -89,6 +93,8 @@ OpEntry last_row_entry();
 OpEntry loss_sum_entry();
 OpEntry gradient_norm_entry();
 OpEntry adam_entry();
+OpEntry galore_entry();
+OpEntry fira_entry();
 
 /// The entry for a node, pairs first; null when the GPU has none.
 const OpEntry* find_entry(const Plan& plan, std::size_t node, NodeGroup& group);

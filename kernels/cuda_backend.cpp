@@ -159,7 +159,10 @@ class CudaBackend final : public Planning {
     gemms_ = std::make_unique<GemmPlans>(stream_.get());
     cache_ = cache_file(name_, rank);
     if (!cache_.empty()) gemms_->load(cache_);
-    context_ = {.stream = stream_.get(), .multiprocessors = properties.multiProcessorCount, .gemms = gemms_.get()};
+    context_ = {.stream = stream_.get(),
+                .multiprocessors = properties.multiProcessorCount,
+                .gemms = gemms_.get(),
+                .allocate = [this](std::size_t bytes, std::string_view what) { return allocate(bytes, what); }};
     for (Fetch& fetch : fetches_) fetch.done = make_event(cudaEventDisableTiming | cudaEventBlockingSync);
     for (Slot& slot : slots_)
       slot = {make_pinned(kSlotBytes), allocate(kSlotBytes, "upload staging"), make_event(cudaEventDisableTiming)};
@@ -308,6 +311,11 @@ class CudaBackend final : public Planning {
 };
 
 }  // namespace
+
+void copy_to_device(const Buffer& to, const void* from, cudaStream_t stream) {
+  check_cuda(cudaMemcpyAsync(to.data(), from, to.size(), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+  check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+}
 
 int device_count() {
   int count = 0;

@@ -41,14 +41,16 @@ __global__ void __launch_bounds__(kThreads) squares(const Piece* pieces, double*
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(1024) finish(const double* partial, int count, double clip_norm, double* scalars) {
+__global__ void __launch_bounds__(1024)
+    finish(const double* partial, int count, double clip_norm, bool running, double* scalars) {
   __shared__ double scratch[32];
   double mine = 0;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += 1024) mine += partial[i];
   const double total = block_sum(mine, scratch);
   if (threadIdx.x != 0) return;
   const double loss = scalars[static_cast<int>(Scalar::loss)];
-  const double norm = isfinite(loss) ? sqrt(total) : loss;
+  const double before = running ? scalars[static_cast<int>(Scalar::grad_norm)] : 0.0;
+  const double norm = isfinite(loss) ? sqrt(total + before * before) : loss;
   scalars[static_cast<int>(Scalar::grad_norm)] = norm;
   scalars[static_cast<int>(Scalar::clip_scale)] = clip_norm > 0 ? fmin(1.0, clip_norm / (norm + 1e-6)) : 1.0;
 }
@@ -64,11 +66,8 @@ std::size_t workspace(const Nodes& nodes) { return piece_count(nodes.inputs()) *
 class GradientNormKernel final : public Kernel {
  public:
   GradientNormKernel(const Nodes& nodes, Context& context)
-      : stream_(context.stream), clip_norm_(nodes.op<GradientNorm>().options().clip_norm) {
-    void* data = nullptr;
-    const std::size_t bytes = piece_count(nodes.inputs()) * sizeof(Piece);
-    check_cuda(cudaMalloc(&data, bytes), "cudaMalloc of the gradient norm's table");
-    table_ = Buffer(static_cast<std::byte*>(data), bytes, [](std::byte* p) noexcept { cudaFree(p); });
+      : stream_(context.stream), options_(nodes.op<GradientNorm>().options()) {
+    table_ = context.allocate(piece_count(nodes.inputs()) * sizeof(Piece), "table of the gradient norm");
   }
 
   void bind(std::span<const KernelArgs> nodes) override {
@@ -78,22 +77,20 @@ class GradientNormKernel final : public Kernel {
       for (std::int64_t first = 0; first < g.numel(); first += kPiece)
         pieces.push_back({g.as<float>() + first, static_cast<int>(std::min<std::int64_t>(kPiece, g.numel() - first))});
     count_ = static_cast<int>(pieces.size());
-    check_cuda(cudaMemcpyAsync(table_.data(), pieces.data(), table_.size(), cudaMemcpyHostToDevice, stream_),
-               "cudaMemcpyAsync");
-    check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    copy_to_device(table_, pieces.data(), stream_);
   }
 
   void run(std::span<const KernelArgs> nodes) override {
     auto* partial = static_cast<double*>(nodes.front().workspace.data);
     launch({"gradient_norm", static_cast<unsigned>(count_), kThreads, stream_}, squares,
            reinterpret_cast<const Piece*>(table_.data()), partial);
-    launch({"gradient_norm", 1, 1024, stream_}, finish, partial, count_, clip_norm_,
+    launch({"gradient_norm", 1, 1024, stream_}, finish, partial, count_, options_.clip_norm, options_.running,
            nodes.front().in.back().as<double>());
   }
 
  private:
   cudaStream_t stream_;
-  double clip_norm_;
+  GradientNorm::Options options_;
   int count_ = 0;
   Buffer table_;
 };

@@ -21,4 +21,11 @@ __device__ inline uint4 philox(std::uint64_t seed, std::uint64_t stream, std::ui
   return c;
 }
 
+/// Standard normal (Box-Muller) from four words, as base/rng.h has it but in f32.
+__device__ inline float normal(uint4 words) {
+  const float u = (static_cast<float>(words.y >> 8) + 1.0f) * 0x1p-24f;  // (0, 1]
+  const float v = static_cast<float>(words.w >> 8) * 0x1p-24f;
+  return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
+}
+
 }  // namespace kiln::cuda

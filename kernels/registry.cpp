@@ -32,7 +32,9 @@ const std::vector<OpEntry>& entries() {
                                          last_row_entry(),
                                          loss_sum_entry(),
                                          gradient_norm_entry(),
-                                         adam_entry()};
+                                         adam_entry(),
+                                         galore_entry(),
+                                         fira_entry()};
   return list;
 }
 

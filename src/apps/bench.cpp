@@ -16,6 +16,7 @@ namespace {
 struct BenchArguments {
   std::string preset = "llama_9m", optimizer = "adamw";
   std::string device = "auto", weights = "fp32", recompute = "none";
+  std::vector<std::string> overrides;                                                     // of the configuration
   std::vector<std::string> presets{"llama_60m", "llama_130m", "llama_350m", "llama_1b"};  // of GEMMs on a GPU
   std::int64_t sequences = 8, seq_len = 256, m = 2048, n = 2048, k = 2048;
   std::int64_t tokens = 0;  // 0: the device's default
@@ -56,8 +57,9 @@ Recompute parse_recompute(std::string_view name) {
 
 void run_step(const BenchArguments& a) {
   set_threads(a);
-  Config config;  // its defaults are the optimizers' defaults
-  config.optimizer.kind = parse_optimizer_kind(a.optimizer);
+  std::vector<std::string> overrides{"optimizer.kind=" + a.optimizer};
+  overrides.insert(overrides.end(), a.overrides.begin(), a.overrides.end());
+  const Config config = parse_config("{}", "kiln bench step", overrides);
   const StepBench bench = bench_step({.model = llama_preset(a.preset),
                                       .optimizer = optimizer_options(config),
                                       .batch = {.sequences = a.sequences, .seq_len = a.seq_len},
@@ -66,7 +68,8 @@ void run_step(const BenchArguments& a) {
                                       .device = parse_device(a.device),
                                       .clip_norm = a.clip_norm,
                                       .recompute = parse_recompute(a.recompute),
-                                      .masters = a.weights == "fp32"});
+                                      .masters = a.weights == "fp32",
+                                      .update_in_backward = config.memory.update == UpdatePlacement::in_backward});
   if (!a.json) return print_step(a, bench);
   Json json{{"preset", a.preset},
             {"sequences", a.sequences},
@@ -79,12 +82,16 @@ void run_step(const BenchArguments& a) {
             {"micro_batches", a.micro_batches},
             {"tokens", a.micro_batches * a.sequences * a.seq_len},
             {"step_ms", bench.step_seconds * 1e3},
+            {"mean_step_ms", bench.mean_seconds * 1e3},
+            {"slowest_step_ms", bench.slowest_seconds * 1e3},
             {"tokens_per_s", bench.tokens_per_s},
             {"step_gflops", bench.step_flops / bench.step_seconds / 1e9},
             {"gemm_gflops_ceiling", bench.gemm_flops_per_s / 1e9},
             {"gemm_library", bench.gemm_library},
             {"gemm_fraction", bench.gemm_fraction()},
-            {"loss", bench.loss}};
+            {"loss", bench.loss},
+            {"ops_ms", Json::object()}};
+  for (const OpTime& op : bench.ops) json["ops_ms"][op.op] = op.seconds * 1e3;
   std::cout << json.dump() << '\n';
 }
 
@@ -173,8 +180,9 @@ void add_bench_command(CLI::App& app) {
   command->footer("Example:\n  kiln bench step --preset llama_60m --sequences 8");
   auto a = std::make_shared<BenchArguments>();
   CLI::App* step = command->add_subcommand("step", "whole training steps on synthetic tokens, by op");
+  step->add_option("overrides", a->overrides, "optimizer.* and memory.update, as key.path=value");
   step->add_option("--preset", a->preset)->capture_default_str();
-  step->add_option("--optimizer", a->optimizer, "adamw, galore or fira")->capture_default_str();
+  step->add_option("--optimizer", a->optimizer, "a member of the family, by its optimizer.kind")->capture_default_str();
   step->add_option("--sequences", a->sequences, "of one micro-batch")->capture_default_str();
   step->add_option("--micro-batches", a->micro_batches, "of one step")
       ->capture_default_str()

@@ -139,6 +139,30 @@ void Plan::run_again(std::size_t index) {
   }
 }
 
+void Plan::move_up() {
+  const Node node = nodes_.back();
+  auto changes = [](const Node& n, ValueId id) {
+    if (std::ranges::find(n.out, id) != n.out.end()) return true;
+    return std::ranges::any_of(n.op->mutates(), [&](int i) { return n.in[static_cast<std::size_t>(i)] == id; });
+  };
+  auto depends = [&](const Node& other) {
+    const auto conflicts = [&](ValueId id) {
+      const bool shared =
+          std::ranges::find(other.in, id) != other.in.end() || std::ranges::find(other.out, id) != other.out.end();
+      return shared && (changes(node, id) || changes(other, id));
+    };
+    return other.phase != node.phase || std::ranges::any_of(node.in, conflicts);
+  };
+  auto begins_gradient = [&](const Node& other) {
+    return std::ranges::any_of(other.out, [&](ValueId id) { return is_parameter_gradient(id); });
+  };
+  std::size_t at = nodes_.size() - 1;
+  while (at > 0 && !depends(nodes_[at - 1])) --at;
+  while (at < nodes_.size() - 1 && !begins_gradient(nodes_[at])) ++at;
+  nodes_.pop_back();
+  nodes_.insert(nodes_.begin() + static_cast<std::ptrdiff_t>(at), node);
+}
+
 void Plan::keep(ValueId value) { values_[static_cast<std::size_t>(value.index)].kept = true; }
 
 void Plan::set_phase(Phase phase) {

@@ -61,6 +61,10 @@ class Plan {
   /// them by the nodes that wrote it, from what is not marked. The same kernels on the same inputs give the same bits.
   void recompute(ValueId value);
 
+  /// Moves the last node up to right after the last one that it depends on, or whose inputs it changes; from there down
+  /// to the next node that writes a parameter's gradient, so that neighbours which a device takes together stay so.
+  void move_up();
+
   /// Marks a value as read after the run.
   void keep(ValueId value);
   /// Nodes recorded from now on belong to `phase`; a plan cannot return from update to micro.

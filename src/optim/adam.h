@@ -20,7 +20,7 @@ class AdamUpdate final : public UpdateOp {
     double beta1, beta2, eps, weight_decay;
     AdamForm form;
     std::uint64_t seed = 1;                        // of stochastic rounding, where weights or states are bf16
-    StatePrecision states = StatePrecision::fp32;  // of a matrix; vectors keep fp32
+    StatePrecision states = StatePrecision::fp32;  // vectors have fp32 instead of int8
   };
   AdamUpdate(Parameter parameter, const Options& options);
   std::string_view name() const override { return "adam_update"; }

@@ -19,6 +19,8 @@ std::int64_t block_count(std::int64_t elements) { return (elements + kBlock - 1)
 GradientNorm::GradientNorm(Options options) : options_(options) {
   check(options.clip_norm >= 0, "optimizer.clip_norm: {}, expected at least 0 (0 turns clipping off)",
         options.clip_norm);
+  check(!options.running || options.clip_norm == 0, "optimizer.clip_norm: {}, but a running norm clips nothing",
+        options.clip_norm);
 }
 
 std::vector<TensorSpec> GradientNorm::infer(std::span<const TensorSpec> in) const {
@@ -43,7 +45,8 @@ Cost GradientNorm::cost(std::span<const TensorSpec> in) const {
 
 void GradientNorm::run_cpu(const KernelArgs& args) const {
   double* partial = static_cast<double*>(args.workspace.data);
-  double total = 0;
+  const double before = options_.running ? scalar(args.in.back(), Scalar::grad_norm) : 0.0;
+  double total = before * before;
   for (const Tensor& gradient : args.in.first(args.in.size() - 1)) {
     const std::int64_t n = gradient.numel(), blocks = block_count(n);
     visit_real(gradient.dtype(), [&]<typename T>() {

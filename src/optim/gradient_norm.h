@@ -13,6 +13,9 @@ class GradientNorm final : public Op {
  public:
   struct Options {
     double clip_norm = 1.0;
+    /// Adds to the squares that Scalar::grad_norm already stands for: one node a gradient, where the updates do not
+    /// wait for all of them. Clipping is then impossible.
+    bool running = false;
   };
   explicit GradientNorm(Options options);
   std::string_view name() const override { return "gradient_norm"; }

@@ -78,7 +78,8 @@ LowRankAdamUpdate::LowRankAdamUpdate(Parameter parameter, const Options& options
 }
 
 std::string_view LowRankAdamUpdate::name() const {
-  return options_.residual == Residual::scaled ? "fira_update" : "galore_update";
+  if (options_.residual == Residual::none) return "galore_update";
+  return options_.rotate ? "fira_plus_update" : "fira_update";
 }
 
 std::vector<StateSpec> LowRankAdamUpdate::states(const Parameter& parameter, const Options& options) {

@@ -16,7 +16,7 @@ struct MomentViews {
   template <typename Body>
   void for_blocks(Body&& body) const {
     const std::int64_t n = first.numel();
-    parallel_for((n + kStateBlock - 1) / kStateBlock, 64, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for((n + kStateBlock - 1) / kStateBlock, kStateGrain, [&](std::int64_t begin, std::int64_t end) {
       T m_buffer[kStateBlock], v_buffer[kStateBlock];
       for (std::int64_t at = begin * kStateBlock; at < std::min(end * kStateBlock, n); at += kStateBlock) {
         const std::int64_t count = std::min(kStateBlock, n - at);

@@ -112,7 +112,7 @@ void MuonUpdate::update_as(const UpdateArgs& args) const {
   const T* g = args.g.as<T>();
   T *u = static_cast<T*>(args.workspace.data), *other = u + count, *grams = other + count;
 
-  parallel_for((count + kStateBlock - 1) / kStateBlock, 64, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for((count + kStateBlock - 1) / kStateBlock, kStateGrain, [&](std::int64_t begin, std::int64_t end) {
     T buffer[kStateBlock];
     for (std::int64_t at = begin * kStateBlock; at < std::min(end * kStateBlock, count); at += kStateBlock) {
       const std::int64_t size = std::min(kStateBlock, count - at);

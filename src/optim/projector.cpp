@@ -19,7 +19,7 @@ template <typename T>
 using RowMatrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr std::int64_t kOversampling = 8;
-constexpr int kPowerPasses = 2;
+constexpr int kPowerPasses = 3;
 
 /// x <- G (G' x) on the shorter side: x [short, columns], inner [long, columns].
 template <typename T>

@@ -40,7 +40,8 @@ struct RefreshOptions {
 /// svd    the top r singular vectors, through the eigenvectors of the f64 Gram matrix of the shorter side; each
 ///        vector's component of largest magnitude is positive, so that moments kept across a refresh have a defined
 ///        sign
-/// power  two passes of Q <- orth(G (G' Q)), warm-started from the old basis and kept aligned with it (orthonormal.h);
+/// power  three passes of Q <- orth(G (G' Q)), warm-started from the old basis and kept aligned with it
+/// (orthonormal.h);
 ///        from cold, a randomised range finder with oversampling (Halko, Martinsson & Tropp 2011) and a Rayleigh-Ritz
 ///        rotation
 /// A gradient that is not finite leaves `q` as it was, and returns false. A warm power refresh allocates nothing: its

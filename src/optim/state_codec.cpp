@@ -12,7 +12,6 @@ namespace kiln {
 namespace {
 
 constexpr std::uint64_t kStepMix = 0x9E3779B97F4A7C15u;
-constexpr std::int64_t kGrain = 64;  // blocks a thread takes at least
 
 StateMap make_map(StateValues kind) {
   const bool positive = kind == StateValues::positive;
@@ -170,7 +169,7 @@ void StateView<T>::store(std::int64_t first, std::int64_t count, const T* values
 template <typename T>
 T* StateView<T>::load_all(T* buffer) const {
   if (precision_ == StatePrecision::fp32) return static_cast<T*>(data_);
-  parallel_for(block_count(numel_), kGrain, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(block_count(numel_), kStateGrain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t first = begin * kStateBlock; first < std::min(end * kStateBlock, numel_); first += kStateBlock)
       load(first, std::min(kStateBlock, numel_ - first), buffer + first);
   });
@@ -179,7 +178,7 @@ T* StateView<T>::load_all(T* buffer) const {
 
 template <typename T>
 void StateView<T>::store_all(const T* values) const {
-  parallel_for(block_count(numel_), kGrain, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(block_count(numel_), kStateGrain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t first = begin * kStateBlock; first < std::min(end * kStateBlock, numel_); first += kStateBlock)
       store(first, std::min(kStateBlock, numel_ - first), values + first);
   });
@@ -214,7 +213,7 @@ StateView<T> StateStore::view(std::span<const Tensor>& states, std::int64_t step
 }
 
 StatePrecision stored_precision(const Parameter& parameter, StatePrecision wanted) {
-  return parameter.shape.rank() == 1 ? StatePrecision::fp32 : wanted;
+  return parameter.shape.rank() == 1 && wanted == StatePrecision::int8 ? StatePrecision::fp32 : wanted;
 }
 
 template class StateView<float>;

@@ -9,6 +9,8 @@ namespace kiln {
 
 /// Elements of the flat tensor that share one scale.
 inline constexpr std::int64_t kStateBlock = 256;
+/// Blocks that a thread takes at least.
+inline constexpr std::int64_t kStateGrain = 16;
 
 enum class StateValues { any, positive };
 enum class StateRounding { stochastic, nearest };  // of bf16
@@ -84,7 +86,8 @@ class StateStore {
   std::uint64_t stream_;
 };
 
-/// Precision of a parameter's states: vectors (norms) keep fp32, which costs nothing beside the matrices.
+/// Precision of a parameter's states: instead of int8, vectors (norms) have fp32, which costs nothing beside the
+/// matrices.
 StatePrecision stored_precision(const Parameter& parameter, StatePrecision wanted);
 
 }  // namespace kiln

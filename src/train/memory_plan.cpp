@@ -28,7 +28,7 @@ std::uint64_t evaluation_bytes(const Config& config, const LlamaConfig& model, s
 std::vector<MemoryChoice> candidates(const Config& config, int ranks, const Backend& backend) {
   const BatchShape preferred = micro_batch(config, ranks, backend);
   std::vector<std::int64_t> sizes{preferred.sequences};
-  if (!config.batch.micro) {
+  if (!config.batch.micro && config.memory.update != UpdatePlacement::in_backward) {
     sizes = micro_batches_of(config, ranks);
     std::erase_if(sizes, [&](std::int64_t size) { return size > preferred.sequences; });
     std::ranges::reverse(sizes);
@@ -71,7 +71,8 @@ TrainPlanOptions plan_options(const Config& config, const MemoryChoice& choice, 
           .clip_norm = config.optimizer.clip_norm,
           .layout = storage_layout(backend),
           .recompute = choice.recompute,
-          .masters = keeps_masters(config, backend)};
+          .masters = keeps_masters(config, backend),
+          .update_in_backward = config.memory.update == UpdatePlacement::in_backward};
 }
 
 PackedMemory packed_memory(const Config& config, const MemoryChoice& choice, const Backend& backend,

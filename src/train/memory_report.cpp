@@ -146,7 +146,7 @@ bool runs(const Config& config, const Site& site) {
 std::uint64_t state_bytes(const Parameter& parameter, const OptimizerOptions& o) {
   const bool vector = parameter.shape.rank() == 1;
   const StatePrecision rest = o.kind == OptimizerKind::fira_plus ? StatePrecision::int8 : o.states;
-  if (vector) return 2 * stored(parameter.shape.numel(), StatePrecision::fp32);
+  if (vector && rest == StatePrecision::int8) return 2 * stored(parameter.shape.numel(), StatePrecision::fp32);
   if (!parameter.low_rank) return 2 * stored(parameter.shape.numel(), rest);
   const std::int64_t m = std::min(parameter.shape[0], parameter.shape[1]);
   const std::int64_t n = std::max(parameter.shape[0], parameter.shape[1]);

@@ -23,8 +23,8 @@ MemoryFormula memory_formula(const TrainPlan& plan, const TrainPlanOptions& opti
 /// Bytes of one parameter's optimizer states. Elements for a matrix with sides m <= n and r = min(rank, m):
 ///   AdamW  2mn    GaLore  mr + 2nr    Fira  mr + 2nr + 1    APOLLO  2nr + 1, Mini r = 1    Muon  mn    LoRA  3mr + 3nr
 /// Embedding, head and norms have Adam's 2mn in every member. Moments are stored in optimizer.states and the basis mr
-/// in optimizer.projector_states, at 4, 2, or 1 + 4/256 bytes (a scale for each block of 256, rounded up); norms, the
-/// limiter's number and LoRA's mr + nr always at 4. Fira+ has int8 states of embedding and head.
+/// in optimizer.projector_states, at 4, 2, or 1 + 4/256 bytes (a scale for each block of 256, rounded up; norms at
+/// 4 there). The limiter's number and LoRA's mr + nr have 4 always. Fira+ has int8 states of embedding and head.
 std::uint64_t state_bytes(const Parameter& parameter, const OptimizerOptions& optimizer);
 std::string_view state_formula(OptimizerKind kind);
 

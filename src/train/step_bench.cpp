@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <map>
+#include <numeric>
 
 #include "base/rng.h"
 #include "graph/executor.h"
@@ -120,7 +121,8 @@ StepBench bench_step(const StepBenchOptions& o) {
                                       .clip_norm = o.clip_norm,
                                       .layout = storage_layout(*backend),
                                       .recompute = o.recompute,
-                                      .masters = o.masters && !backend->is_host()},
+                                      .masters = o.masters && !backend->is_host(),
+                                      .update_in_backward = o.update_in_backward},
                                      *communicator);
   Bench bench(o, std::move(backend), std::move(plan));
   for (int i = 0; i < 3; ++i) bench.step(o.micro_batches, true);
@@ -145,6 +147,8 @@ StepBench bench_step(const StepBenchOptions& o) {
   const auto tokens = static_cast<double>(o.batch.tokens() * o.micro_batches);
   result.device = bench.backend->name();
   result.step_seconds = seconds[seconds.size() / 2];
+  result.mean_seconds = std::accumulate(seconds.begin(), seconds.end(), 0.0) / static_cast<double>(seconds.size());
+  result.slowest_seconds = seconds.back();
   result.tokens_per_s = tokens / result.step_seconds;
   result.step_flops = tokens * o.model.flops_per_token(o.batch.seq_len);
   result.gemm_flops_per_s = ceiling.flops_per_s;

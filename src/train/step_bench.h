@@ -17,6 +17,7 @@ struct StepBenchOptions {
   double clip_norm = 1.0;
   Recompute recompute = Recompute::none;
   bool masters = true;  // on a GPU: f32 masters, else bf16 with stochastic rounding
+  bool update_in_backward = false;
 };
 
 /// Seconds per step of one kind of node.
@@ -27,8 +28,9 @@ struct OpTime {
 
 struct StepBench {
   std::string device;
-  std::size_t device_bytes = 0;  // allocated on the device; 0 on the CPU, where buffers are not tracked
-  double step_seconds = 0;       // median
+  std::size_t device_bytes = 0;                  // allocated on the device; 0 on the CPU, where buffers are not tracked
+  double step_seconds = 0;                       // median
+  double mean_seconds = 0, slowest_seconds = 0;  // refreshes of a projector are in some steps only
   double tokens_per_s = 0;
   double step_flops = 0;        // by LlamaConfig::flops_per_token, the definition of MFU
   double gemm_flops_per_s = 0;  // CPU: measured before and after the steps (the larger); GPU: as published

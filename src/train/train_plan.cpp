@@ -1,10 +1,102 @@
 #include "train/train_plan.h"
 
+#include <algorithm>
+
 #include "dist/all_reduce.h"
 #include "ops/loss_sum.h"
 #include "optim/gradient_norm.h"
 
 namespace kiln {
+namespace {
+
+void check_in_backward(const TrainPlanOptions& options) {
+  check(
+      options.micro_batches == 1,
+      "memory.update: in_backward with {} micro-batches, whose gradients must add up before an update; set batch.micro "
+      "to a rank's whole share, or memory.update: after_backward",
+      options.micro_batches);
+  check(
+      options.clip_norm == 0,
+      "memory.update: in_backward with optimizer.clip_norm {}, which needs the norm of all gradients before the first "
+      "update; set optimizer.clip_norm: 0, or memory.update: after_backward",
+      options.clip_norm);
+}
+
+/// The storages in the order in which backward is done with them.
+std::vector<std::size_t> order_of_completion(const TrainPlan& train) {
+  const std::vector<ValueId>& storages = train.values.storages;
+  std::vector<std::size_t> last(storages.size()), order(storages.size());
+  for (std::size_t s = 0; s < storages.size(); ++s) {
+    order[s] = s;
+    for (std::size_t n = 0; n < train.plan.nodes().size(); ++n) {
+      const Node& node = train.plan.nodes()[n];
+      const ValueId gradient = train.plan.gradient(storages[s]);
+      for (const ValueId id : {storages[s], gradient})
+        if (std::ranges::find(node.in, id) != node.in.end() || std::ranges::find(node.out, id) != node.out.end())
+          last[s] = n;
+    }
+  }
+  std::ranges::stable_sort(order, [&](std::size_t a, std::size_t b) { return last[a] < last[b]; });
+  return order;
+}
+
+/// Records what turns gradients into new weights.
+class UpdateRecorder {
+ public:
+  UpdateRecorder(TrainPlan& train, const TrainPlanOptions& options, Communicator& communicator)
+      : train_(train), plan_(train.plan), options_(options), communicator_(communicator) {
+    for (const ValueId storage : train.values.storages) gradients_.push_back(plan_.gradient(storage));
+  }
+
+  void after_backward() {
+    plan_.set_phase(Phase::update);
+    for (const ValueId gradient : gradients_) all_reduce(gradient);
+    std::vector<ValueId> inputs = gradients_;
+    inputs.push_back(train_.values.scalars);
+    plan_.add(std::make_shared<GradientNorm>(GradientNorm::Options{.clip_norm = options_.clip_norm}), inputs, "norm");
+    // Updates of one kind are neighbours, so that a device takes them in one launch.
+    for (const bool low_rank : {true, false})
+      for (std::size_t p = 0; p < train_.table.parameters.size(); ++p)
+        if (train_.table.parameters[p].low_rank == low_rank) update(p);
+  }
+
+  void in_backward() {
+    const auto norm = std::make_shared<GradientNorm>(GradientNorm::Options{.clip_norm = 0, .running = true});
+    for (const std::size_t storage : order_of_completion(train_)) {
+      if (all_reduce(gradients_[storage])) plan_.move_up();
+      plan_.add(norm, {gradients_[storage], train_.values.scalars}, "norm");
+      plan_.move_up();
+      for (std::size_t p = 0; p < train_.table.parameters.size(); ++p) {
+        if (train_.table.parameters[p].storage != storage) continue;
+        update(p);
+        plan_.move_up();
+      }
+    }
+  }
+
+ private:
+  bool all_reduce(ValueId gradient) {
+    if (communicator_.size() == 1) return false;
+    plan_.add(std::make_shared<AllReduce>(communicator_), {gradient}, "all_reduce");
+    return true;
+  }
+  void update(std::size_t p) {
+    const Parameter& parameter = train_.table.parameters[p];
+    std::vector<ValueId> inputs{train_.values.storages[parameter.storage], gradients_[parameter.storage],
+                                train_.values.scalars};
+    inputs.insert(inputs.end(), train_.states[p].begin(), train_.states[p].end());
+    if (options_.masters) inputs.push_back(train_.lows[parameter.storage]);
+    plan_.add(train_.optimizer->update_op(parameter), inputs, parameter.name + ".update");
+  }
+
+  TrainPlan& train_;
+  Plan& plan_;
+  const TrainPlanOptions& options_;
+  Communicator& communicator_;
+  std::vector<ValueId> gradients_;  // by storage
+};
+
+}  // namespace
 
 std::size_t TrainPlan::parameter_bytes() const {
   std::size_t total = 0;
@@ -22,6 +114,7 @@ std::size_t TrainPlan::state_bytes() const {
 
 TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& communicator) {
   options.model.validate();
+  if (options.update_in_backward) check_in_backward(options);
   TrainPlan train{.plan = {},
                   .table = llama_parameters(options.model, options.layout),
                   .optimizer = make_optimizer(options.optimizer),
@@ -38,29 +131,17 @@ TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& commu
     for (const Storage& storage : train.table.storages)
       train.lows.push_back(plan.external(storage.name + ".low", {storage.spec.shape, DType::u16}, Role::parameter));
 
-  plan.set_phase(Phase::update);
-  std::vector<ValueId> gradients;
-  for (const ValueId storage : train.values.storages) gradients.push_back(plan.gradient(storage));
-  if (communicator.size() > 1) {
-    const auto all_reduce = std::make_shared<AllReduce>(communicator);
-    for (const ValueId gradient : gradients) plan.add(all_reduce, {gradient}, "all_reduce");
-  }
-  std::vector<ValueId> norm_inputs = gradients;
-  norm_inputs.push_back(train.values.scalars);
-  plan.add(std::make_shared<GradientNorm>(GradientNorm::Options{.clip_norm = options.clip_norm}), norm_inputs, "norm");
-
   for (const Parameter& parameter : train.table.parameters) {
     train.state_specs.push_back(train.optimizer->states(parameter));
-    std::vector<ValueId> inputs{train.values.storages[parameter.storage], gradients[parameter.storage],
-                                train.values.scalars};
-    std::vector<ValueId> states;
+    train.states.emplace_back();
     for (const StateSpec& state : train.state_specs.back())
-      states.push_back(plan.external(parameter.name + "." + state.name, state.spec, Role::state));
-    inputs.insert(inputs.end(), states.begin(), states.end());
-    if (options.masters) inputs.push_back(train.lows[parameter.storage]);
-    plan.add(train.optimizer->update_op(parameter), inputs, parameter.name + ".update");
-    train.states.push_back(std::move(states));
+      train.states.back().push_back(plan.external(parameter.name + "." + state.name, state.spec, Role::state));
   }
+  UpdateRecorder recorder(train, options, communicator);
+  if (options.update_in_backward)
+    recorder.in_backward();
+  else
+    recorder.after_backward();
   return train;
 }
 

@@ -17,10 +17,14 @@ struct TrainPlanOptions {
   StorageLayout layout = DType::f32;
   Recompute recompute = Recompute::none;
   bool masters = false;  // bf16 weights are the upper halves of f32 masters
+  /// Each update right after its gradient, so that the gradients never live together. A usage Error with more than one
+  /// micro-batch, whose gradients must add up first, or with clipping, which waits for the norm of them all.
+  bool update_in_backward = false;
 };
 
 /// A whole training step as a plan: forward and backward in the micro phase; all-reduce, global norm, clipping and the
-/// updates in the update phase. Nothing is allocated; `kiln plan` packs it and the trainer binds and runs it.
+/// updates in the update phase, or between the nodes of backward. Nothing is allocated; `kiln plan` packs it and the
+/// trainer binds and runs it.
 struct TrainPlan {
   Plan plan;
   ParameterTable table;  // in the layout's sizes

@@ -185,7 +185,8 @@ TEST_CASE("a mean survives in bf16 although each change is less than its last bi
   CHECK(kept(nearest, 1, std::vector<float>(4096, 0.999f * 0.5f + 0.001f)).front() == 0.5f);
 }
 
-TEST_CASE("vectors keep fp32") {
+TEST_CASE("vectors have fp32 instead of int8") {
   CHECK(stored_precision(test::matrix(3, 4), StatePrecision::int8) == StatePrecision::int8);
   CHECK(stored_precision({.name = "norm", .shape = {4}}, StatePrecision::int8) == StatePrecision::fp32);
+  CHECK(stored_precision({.name = "norm", .shape = {4}}, StatePrecision::bf16) == StatePrecision::bf16);
 }

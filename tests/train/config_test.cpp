@@ -86,7 +86,7 @@ TEST_CASE("settings of the contract that this version lacks are refused by name"
   const std::string whole = "run: {dir: r}\nmodel: {preset: llama_9m}\ndata: {train: x}\n";
   check_supported(parse(whole));
   for (const char* setting :
-       {"precision.weights=bf16_sr", "memory.update=in_backward", "parallel.zero=1"}) {
+       {"precision.weights=bf16_sr", "parallel.zero=1"}) {
     INFO(setting);
     CHECK_THROWS_WITH(check_supported(parse(whole, {setting})), ContainsSubstring("not available in this version"));
   }

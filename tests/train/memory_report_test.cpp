@@ -111,21 +111,25 @@ TEST_CASE("The formulas of optimizer states are those of the papers", "[memory_r
 TEST_CASE("Formula and counted bytes agree to the byte", "[memory_report]") {
   const auto communicator = make_local_communicator();
   for (const OptimizerKind kind : optimizer_kinds()) {
-    for (const std::int64_t rank : {1, 8, 24, 200}) {
-      CAPTURE(to_string(kind), rank);
-      Config config = with_kind(small_config(), kind);
-      config.optimizer.rank = rank;
-      const TrainPlanOptions options = options_of(config);
-      const TrainPlan plan = record_train_plan(options, *communicator);
-      const MemoryFormula formula = memory_formula(plan, options);
-      CHECK(formula.states == plan.state_bytes());
-      CHECK(formula.states == OptimizerStates(plan.table, *plan.optimizer).bytes());
-      CHECK(formula.weights == plan.parameter_bytes());
-      CHECK(formula.activations == activations_kept_for_backward(plan.plan));
-      const PackedMemory packed = packed_memory(config, *communicator);
-      CHECK(packed.states == formula.states);
-      CHECK(packed.weights == formula.weights);
-    }
+    for (const std::int64_t rank : {1, 8, 24, 200})
+      for (const StatePrecision states : {StatePrecision::fp32, StatePrecision::bf16, StatePrecision::int8}) {
+        if (kind == OptimizerKind::adam8bit && states != StatePrecision::int8) continue;
+        CAPTURE(to_string(kind), rank, to_string(states));
+        Config config = with_kind(small_config(), kind);
+        config.optimizer.rank = rank;
+        config.optimizer.states = states;
+        config.optimizer.projector_states = states;
+        const TrainPlanOptions options = options_of(config);
+        const TrainPlan plan = record_train_plan(options, *communicator);
+        const MemoryFormula formula = memory_formula(plan, options);
+        CHECK(formula.states == plan.state_bytes());
+        CHECK(formula.states == OptimizerStates(plan.table, *plan.optimizer).bytes());
+        CHECK(formula.weights == plan.parameter_bytes());
+        CHECK(formula.activations == activations_kept_for_backward(plan.plan));
+        const PackedMemory packed = packed_memory(config, *communicator);
+        CHECK(packed.states == formula.states);
+        CHECK(packed.weights == formula.weights);
+      }
   }
 }
 

@@ -1,0 +1,101 @@
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+/// GaLore, Fira and APOLLO on the GPU: all matrices of a plan in a handful of launches, whatever their number.
+///
+/// The long side of W [m,n] counts vectors (rows where m >= n, else columns), the short side is projected: with the
+/// basis Q [short, r], R = clip G Q for every vector, N = m / (sqrt(v) + eps) and phi = ||N|| / (||R|| + 1e-8), one
+/// step is W <- keep (W - back (N - inside c phi R) Q' - outside c phi clip G), c the norm-growth limiter's factor.
+/// optim/low_rank_adam.h and optim/apollo.h have the members; here they differ in these coefficients:
+///              back        inside   outside           k of ||S||^2
+///   GaLore     lr_t alpha  0        0
+///   Fira       lr_t alpha  1        lr_t alpha (paper) or lr_t (reference)   1 or alpha
+///   APOLLO     0           -        lr_t scale        0
+namespace kiln::cuda {
+
+/// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.
+struct LowRankMatrix {
+  std::uint16_t* w;        // bf16 [m,n]
+  std::uint16_t* low;      // lower halves of the f32 masters; null: stochastic rounding
+  const float* g;          // [m,n]
+  float* q;                // [short, r]
+  float *moment, *square;  // [long, r]
+  float* limiter;          // [1]
+  std::int32_t m, n, rank;
+  std::int32_t refresh_offset;  // of (step - 1) mod refresh
+  std::uint64_t stream;         // of random numbers
+  bool right;                   // vectors are rows
+  bool decay;
+  // workspace
+  float* projected;              // [long, r]: R, later N and R as pairs of bf16
+  float *squares, *phi, *share;  // [long]: ||G_i||^2, phi_i, phi_i^2 times the residual's square
+  float* factor;                 // [1]: c
+
+  __host__ __device__ std::int32_t vectors() const { return right ? m : n; }
+  __host__ __device__ std::int32_t side() const { return right ? n : m; }
+};
+
+/// What is the same for all matrices of a launch.
+struct LowRankStep {
+  double beta1, beta2, eps, weight_decay;
+  double back, outside;  // factors of lr_t
+  double inside;         // 1: the part of the residual inside the subspace is taken out through R
+  double inside_square;  // 2k - k^2: what it takes from the residual's square
+  double gamma;
+  bool residual;  // S exists
+  std::uint64_t seed;
+};
+
+/// A tile of one matrix: 128 vectors x 128 of the rank, or 128 x 128 of W; or some vectors.
+struct LowRankPiece {
+  std::int32_t matrix, row, column;
+};
+
+/// A launch's tables in device memory.
+struct LowRankTable {
+  const LowRankMatrix* matrices;
+  const LowRankPiece* pieces;
+  int count;  // of pieces
+  const double* scalars;
+  LowRankStep step;
+  cudaStream_t stream;
+};
+
+/// R and the squared norms of the vectors. Pieces: row is the first vector, column the first of the rank.
+/// floor  reads G: 4 bytes a parameter; 2 m n r FLOPs
+void low_rank_project(const LowRankTable& table);
+/// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs. Pieces: row is the first vector,
+/// column their count, a multiple of which covers whole blocks of 8 elements.
+/// floor  24 bytes for each of long * r elements
+inline constexpr int kMomentsGroups = 512;  // of eight elements, in a piece
+void low_rank_moments(const LowRankTable& table);
+/// The limiter's factor and its norm, one block a matrix; `count` is the number of matrices.
+void low_rank_limit(const LowRankTable& table);
+/// W. Pieces: tiles of W.
+/// floor  reads G, W, low and writes W, low: 12 bytes a parameter; 2 m n r FLOPs
+void low_rank_apply(const LowRankTable& table);
+
+/// Scratch of a refresh, of one matrix at a time.
+struct RefreshScratch {
+  float *inner, *outer;           // [long, r], [short, r]
+  double *gram, *square;          // [r, r]; [r], its diagonal before it is factored
+  std::uint32_t *barrier, *lost;  // [1], zero; [1], whether a column was lost
+};
+struct RefreshPasses {
+  int passes;       // of Q <- orth(G' (G Q)) at a refresh
+  int cold_passes;  // at the first step, from random numbers
+  int every;        // steps
+};
+/// Ranks up to this.
+inline constexpr int kLargestRefreshRank = 1536;
+std::size_t refresh_scratch_bytes(int vectors, int side, int rank);
+RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank);
+/// New bases of the matrices that are due at this step, one after another, each by all multiprocessors: block power
+/// iteration with CholeskyQR2 in f64. One launch, which ends at once when none is due. `count` is the number of
+/// matrices.
+void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options,
+                      int multiprocessors);
+
+}  // namespace kiln::cuda
