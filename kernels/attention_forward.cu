@@ -243,16 +243,12 @@ __global__ __launch_bounds__(C::Role::kThreads, 1) void forward_kernel(const __g
                                                                        const __grid_constant__ CUtensorMap out,
                                                                        float* lse, const Schedule schedule,
                                                                        float scale) {
-  extern __shared__ std::uint8_t dynamic_shared[];
-  auto& shared = *reinterpret_cast<typename C::Shared*>(dynamic_shared + (-shared_address(dynamic_shared) & 1023));
+  auto& shared = aligned_shared<typename C::Shared>();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
-    for (int i = 0; i < C::kStages; ++i) {
-      barrier_init(&shared.k_full[i], 1), barrier_init(&shared.k_empty[i], 4 * C::kWarpgroups);
-      barrier_init(&shared.v_full[i], 1), barrier_init(&shared.v_empty[i], 4 * C::kWarpgroups);
-    }
-    for (int w = 0; w < C::kWarpgroups; ++w)
-      for (int i = 0; i < C::kSlots; ++i) barrier_init(&shared.q_full[w][i], 1), barrier_init(&shared.q_empty[w][i], 1);
+    barriers_init(shared.k_full, 1), barriers_init(shared.k_empty, 4 * C::kWarpgroups);
+    barriers_init(shared.v_full, 1), barriers_init(shared.v_empty, 4 * C::kWarpgroups);
+    for (int w = 0; w < C::kWarpgroups; ++w) barriers_init(shared.q_full[w], 1), barriers_init(shared.q_empty[w], 1);
     fence_barrier_init();
     prefetch_tensor_map(&qkv), prefetch_tensor_map(&out);
   }
@@ -281,14 +277,9 @@ void launch_forward(const AttentionShape& shape, std::int64_t rows, const Attent
   const CUtensorMap qkv = head_tensor_map(args.qkv, shape, rows, shape.columns());
   const CUtensorMap out = head_tensor_map(args.o, shape, rows, shape.heads * shape.head_dim);
   const Schedule schedule = make_schedule(shape, rows, C::kWarpgroups * kRows, true);
-  constexpr int kSharedBytes = sizeof(typename C::Shared) + 1024;
-  static_assert(kSharedBytes <= 227 * 1024);
-  check_cuda(cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-             "cudaFuncSetAttribute");
   const float scale = kLog2e / std::sqrt(static_cast<float>(shape.head_dim));
-  launch({"attention", static_cast<unsigned>(std::min(multiprocessors(), schedule.items)), C::Role::kThreads, stream,
-          kSharedBytes},
-         forward_kernel<C>, qkv, out, args.lse, schedule, scale);
+  launch_persistent<typename C::Shared>("attention", forward_kernel<C>, schedule.items, C::Role::kThreads, stream, qkv,
+                                        out, args.lse, schedule, scale);
 }
 
 }  // namespace

@@ -98,6 +98,18 @@ struct Roles {
   }
 };
 
+/// The block's dynamic shared memory as a `Shared`, from the first multiple of 1024.
+template <typename Shared>
+__device__ inline Shared& aligned_shared() {
+  extern __shared__ std::uint8_t dynamic_shared[];
+  return *reinterpret_cast<Shared*>(dynamic_shared + (-shared_address(dynamic_shared) & 1023));
+}
+
+template <int kCount>
+__device__ inline void barriers_init(std::uint64_t (&barriers)[kCount], std::uint32_t arrivals) {
+  for (std::uint64_t& barrier : barriers) barrier_init(&barrier, arrivals);
+}
+
 // --- Tiles in shared memory -----------------------------------------------------------------------------------------
 
 /// Tile [kTileRows, kD] of one head as the copy engine writes it: chunks of up to 64 columns, each kTileRows swizzled
@@ -171,17 +183,29 @@ __device__ inline void pack_operand(std::uint32_t (&a)[kCount / 8][4], const flo
   for (int i = 0; i < kCount / 2; ++i) a[i / 4][i % 4] = pack_bf16(d[2 * i], d[2 * i + 1]);
 }
 
+/// The reverse of load_fragment. The copy engine and the tensor cores see it after fence_async_proxy and a barrier.
+template <int kD>
+__device__ inline void store_fragment(std::uint8_t* tile, const std::uint32_t (&a)[4], int step) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
+  const std::uint32_t address =
+      shared_address(tile) + Tile<kD, kRows>::offset(warp * 16 + (lane & 15), step * 16 + (lane >> 4) * 8);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
+               : "memory");
+}
+
 /// Writes an accumulator [64, kD], scaled, to the warpgroup's tile in bf16, ready for a tensor_store after a barrier.
 template <int kD>
 __device__ inline void stage_accumulator(std::uint8_t* tile, const float (&d)[kD / 2], float scale0, float scale1) {
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
-  const int row = warp * 16 + lane / 4;
 #pragma unroll
-  for (int t = 0; t < kD / 8; ++t) {
-    const int low = Tile<kD, kRows>::offset(row, 8 * t) + lane % 4 * 4;
-    const int high = Tile<kD, kRows>::offset(row + 8, 8 * t) + lane % 4 * 4;
-    *reinterpret_cast<std::uint32_t*>(tile + low) = pack_bf16(d[4 * t] * scale0, d[4 * t + 1] * scale0);
-    *reinterpret_cast<std::uint32_t*>(tile + high) = pack_bf16(d[4 * t + 2] * scale1, d[4 * t + 3] * scale1);
+  for (int step = 0; step < kD / 16; ++step) {
+    std::uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scale = i % 2 == 0 ? scale0 : scale1;
+      a[i] = pack_bf16(d[8 * step + 2 * i] * scale, d[8 * step + 2 * i + 1] * scale);
+    }
+    store_fragment<kD>(tile, a, step);
   }
   fence_async_proxy();
 }
@@ -222,6 +246,19 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+/// Launches a kernel whose blocks, at most one per multiprocessor, share `items`.
+template <typename Shared, typename... Parameters, typename... Arguments>
+void launch_persistent(const char* name, void (*kernel)(Parameters...), int items, int threads, cudaStream_t stream,
+                       Arguments... arguments) {
+  constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static_assert(kSharedBytes <= 227 * 1024);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+             "cudaFuncSetAttribute");
+  launch({name, static_cast<unsigned>(std::min(multiprocessors(), items)), static_cast<unsigned>(threads), stream,
+          kSharedBytes},
+         kernel, arguments...);
 }
 
 }  // namespace kiln::cuda

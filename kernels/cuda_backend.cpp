@@ -85,6 +85,7 @@ class Planning : public Backend {
   void download(void*, const Tensor&) override { refuse(); }
   std::size_t fetch(const Tensor&) override { refuse(); }
   void collect(std::size_t, void*) override { refuse(); }
+  std::unique_ptr<HostCopy> host_copy(std::vector<Tensor>) override { refuse(); }
   void fill_bytes(const Tensor&, std::uint8_t) override { refuse(); }
   void synchronize() override { refuse(); }
   std::unique_ptr<Kernel> kernel(const Plan&, NodeGroup) override { refuse(); }
@@ -131,6 +132,49 @@ class GraphReplay final : public Replay {
   int calls_ = 0;
 };
 
+/// Device to device in the backend's stream, which is soon over, and from there to page-locked memory in a stream of
+/// its own: in that of the uploads, the next batch would have to wait behind it. The two directions of PCIe do not
+/// meet.
+class StagedCopy final : public HostCopy {
+ public:
+  StagedCopy(int device, cudaStream_t work, std::vector<Tensor> tensors, Buffer staging)
+      : device_(device),
+        work_(work),
+        tensors_(std::move(tensors)),
+        staging_(std::move(staging)),
+        host_(make_pinned(staging_.size())),
+        stream_(make_stream()),
+        staged_(make_event(cudaEventDisableTiming)),
+        arrived_(make_event(cudaEventDisableTiming | cudaEventBlockingSync)) {}
+  ~StagedCopy() override { cudaStreamSynchronize(stream_.get()); }
+
+  void start() override {
+    std::byte* to = staging_.data();
+    for (const Tensor& tensor : tensors_) {
+      check_cuda(cudaMemcpyAsync(to, tensor.data, tensor.bytes(), cudaMemcpyDeviceToDevice, work_), "cudaMemcpyAsync");
+      to += tensor.bytes();
+    }
+    check_cuda(cudaEventRecord(staged_.get(), work_), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(stream_.get(), staged_.get()), "cudaStreamWaitEvent");
+    check_cuda(cudaMemcpyAsync(host_.data(), staging_.data(), staging_.size(), cudaMemcpyDeviceToHost, stream_.get()),
+               "cudaMemcpyAsync");
+    check_cuda(cudaEventRecord(arrived_.get(), stream_.get()), "cudaEventRecord");
+  }
+  std::span<const std::byte> wait() override {
+    check_cuda(cudaSetDevice(device_), "cudaSetDevice");  // a new thread would open the first device
+    check_cuda(cudaEventSynchronize(arrived_.get()), "a copy of the device's memory");
+    return {host_.data(), host_.size()};
+  }
+
+ private:
+  int device_;
+  cudaStream_t work_;
+  std::vector<Tensor> tensors_;
+  Buffer staging_, host_;
+  Stream stream_;
+  Event staged_, arrived_;
+};
+
 /// Where GEMM plans are kept between runs: $KILN_CACHE_DIR, or kiln/ in the user's cache directory; empty when the
 /// environment names neither.
 std::filesystem::path cache_file(const std::string& device, int rank) {
@@ -145,7 +189,7 @@ std::filesystem::path cache_file(const std::string& device, int rank) {
 
 class CudaBackend final : public Planning {
  public:
-  CudaBackend(int device, int rank) {
+  CudaBackend(int device, int rank) : device_(device) {
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
     cudaDeviceProp properties{};
     check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
@@ -235,6 +279,12 @@ class CudaBackend final : public Planning {
     std::memcpy(to, fetches_[fetch].host.data(), fetches_[fetch].bytes);
     if (gemms_->changed()) save_plans();
   }
+  std::unique_ptr<HostCopy> host_copy(std::vector<Tensor> tensors) override {
+    std::size_t bytes = 0;
+    for (const Tensor& tensor : tensors) bytes += tensor.bytes();
+    return std::make_unique<StagedCopy>(device_, stream_.get(), std::move(tensors),
+                                        allocate(bytes, "staging of weights"));
+  }
   void fill_bytes(const Tensor& tensor, std::uint8_t value) override {
     check_cuda(cudaMemsetAsync(tensor.data, value, tensor.bytes(), stream_.get()), "cudaMemsetAsync");
   }
@@ -296,6 +346,7 @@ class CudaBackend final : public Planning {
     }
   }
 
+  int device_;
   std::string name_;
   std::size_t memory_bytes_ = 0;
   Stream stream_, copies_;

@@ -13,6 +13,7 @@
 #include "merge/prediction_report.h"
 #include "report/html.h"
 #include "train/anneal.h"
+#include "train/device.h"
 #include "train/sequence_evaluator.h"
 
 namespace kiln {
@@ -24,7 +25,7 @@ struct PredictArguments {
   fs::path run;
   double share = 0.1;
   std::int64_t end = 0, tokens = 0;
-  std::string shape, data;
+  std::string shape, data, device = "cpu";
   double final_ratio = -1;
   std::vector<std::size_t> counts{2, 3, 5, 10, 15}, strides{1, 2, 4, 8};
   double alpha = 0.1;
@@ -100,15 +101,54 @@ fs::path train_branch(const Config& config, const AnnealBranch& branch, Communic
   return last;
 }
 
-/// Losses by sequence as the merge library takes them.
-SequenceLosses evaluate(SequenceEvaluator& evaluator, const Dataset& data, std::int64_t samples) {
-  SequenceLosses losses;
-  for (const SequenceEvaluator::Loss& loss : evaluator.run(data, samples)) {
-    losses.nats.push_back(loss.nats);
-    losses.targets.push_back(loss.targets);
+/// The held-out data, and the device that evaluates weights on them.
+class HeldOut {
+ public:
+  HeldOut(const Config& config, Device device, const ModelWeights& weights)
+      : config_(config),
+        device_(device),
+        weights_(weights),
+        data_(config.data.valid, config.data.seq_len, weights.config().vocab, config.run.seed),
+        samples_(samples_for_tokens(data_, config.eval.tokens)) {
+    open();
   }
-  return losses;
-}
+  std::string precision() const { return on_device_->layout().dtype == DType::f32 ? "f32" : "bf16"; }
+
+  /// Losses by sequence of what the weights hold, as the merge library takes them.
+  SequenceLosses evaluate() {
+    if (!evaluator_) open();
+    on_device_->push();
+    SequenceLosses losses;
+    for (const SequenceEvaluator::Loss& loss : evaluator_->run(data_, samples_)) {
+      losses.nats.push_back(loss.nats);
+      losses.targets.push_back(loss.targets);
+    }
+    return losses;
+  }
+  /// Gives its device's memory back, which training counts on.
+  void close() {
+    evaluator_.reset();
+    on_device_.reset();
+    backend_.reset();
+  }
+
+ private:
+  void open() {
+    backend_ = open_device(device_);
+    on_device_ = std::make_unique<DeviceWeights>(weights_, storage_layout(*backend_), false, *backend_);
+    const std::int64_t pass = config_.eval.micro.value_or(micro_batch(config_, 1, *backend_).sequences);
+    evaluator_ = std::make_unique<SequenceEvaluator>(*on_device_, std::min(samples_, pass), config_.data.seq_len);
+  }
+
+  const Config& config_;
+  Device device_;
+  const ModelWeights& weights_;
+  Dataset data_;
+  std::int64_t samples_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<DeviceWeights> on_device_;
+  std::unique_ptr<SequenceEvaluator> evaluator_;
+};
 
 /// Curves and checks of the run before the anneal's end, and of the runs to calibrate on.
 struct Evidence {
@@ -145,10 +185,7 @@ void run(const PredictArguments& arguments) {
 
   const std::vector<MergeInput> snapshots = open_inputs(paths, true);
   const ModelWeights weights(model_config(config), DType::f32);
-  const Dataset data(config.data.valid, config.data.seq_len, weights.config().vocab, config.run.seed);
-  const std::int64_t samples = samples_for_tokens(data, config.eval.tokens);
-  SequenceEvaluator evaluator(weights, std::min(samples, config.eval.micro.value_or(micro_batch(config, 1).sequences)),
-                              config.data.seq_len);
+  HeldOut held_out(config, parse_device(arguments.device), weights);
   const Evidence evidence = read_evidence(arguments, anneal.end);
   PredictionRequest request{.snapshots = snapshots,
                             .anneal = anneal,
@@ -158,11 +195,15 @@ void run(const PredictArguments& arguments) {
                             .curves = evidence.curves,
                             .checks = evidence.checks,
                             .weights = weights,
-                            .evaluate = [&] { return evaluate(evaluator, data, samples); },
+                            .evaluate = [&] { return held_out.evaluate(); },
+                            .evaluated_in = held_out.precision(),
                             .run_anneal = {}};
   const AnnealBranch branch = branch_of(arguments, anneal, start);
   if (arguments.anneal_check)
-    request.run_anneal = [&] { return train_branch(config, branch, *communicator, arguments.quiet || arguments.json); };
+    request.run_anneal = [&] {
+      held_out.close();
+      return train_branch(config, branch, *communicator, arguments.quiet || arguments.json);
+    };
   const Prediction prediction = predict(request);
   if (prediction.annealed_loss) write_check(branch.run_dir, check_of(prediction));
   write_text_atomic(arguments.run / "prediction.json", to_json(prediction).dump(2) + "\n");
@@ -195,6 +236,12 @@ void add_predict_command(CLI::App& app) {
   command->add_option("--alpha", a->alpha, "Of the EMA")->capture_default_str();
   command->add_option("--data", a->data, "Held-out token shards; otherwise data.valid of the run");
   command->add_option("--tokens", a->tokens, "Held-out tokens; 0: eval.tokens of the run")->capture_default_str();
+  command
+      ->add_option(
+          "--device", a->device,
+          "Where models are evaluated: cpu (f32), cuda (bf16 products, sums in f32) or auto; the anneal trains "
+          "on the run's")
+      ->capture_default_str();
   command->add_option("--calibrate", a->calibrate, "Other runs whose anneal checks and curves count as earlier ones");
   command->add_flag("--json", a->json, "Print one JSON object");
   command->add_flag("--quiet", a->quiet, "Print nothing; RUN_DIR/prediction.json and prediction.html are written");

@@ -3,6 +3,7 @@
 
 #include "apps/commands.h"
 #include "apps/failure.h"
+#include "apps/rescue.h"
 #include "base/log.h"
 #include "base/signals.h"
 #include "core/parallel.h"
@@ -27,6 +28,24 @@ void resume_run(Trainer& trainer, const TrainArguments& arguments, bool first_ra
     log_info("optimizer states of {}", arguments.init_from);
 }
 
+/// Trains to the end, over as many rescues as the configuration allows.
+TrainSummary train(const Config& config, const TrainArguments& arguments, Communicator& communicator) {
+  std::filesystem::path rescued;  // where a rescue left the run
+  while (true) {
+    try {
+      Trainer trainer(config, communicator, {.quiet = arguments.quiet});
+      if (rescued.empty())
+        resume_run(trainer, arguments, communicator.rank() == 0);
+      else
+        trainer.resume(rescued);
+      return trainer.run();
+    } catch (const Divergence& divergence) {
+      if (config.run.on_divergence == OnDivergence::stop) throw;
+      rescued = rescue(config, divergence, communicator);
+    }
+  }
+}
+
 void print_summary(const Config& config, const TrainSummary& summary) {
   fmt::print("{}: step {}, {} tokens, loss {:.4f}{}, {:.0f} tokens/s\n", config.run.name, summary.at.step,
              summary.at.tokens, summary.train_loss,
@@ -46,9 +65,7 @@ void run(const TrainArguments& arguments) {
   install_stop_signals();
   TrainSummary summary;
   try {
-    Trainer trainer(config, *communicator, {.quiet = arguments.quiet});
-    resume_run(trainer, arguments, communicator->rank() == 0);
-    summary = trainer.run();
+    summary = train(config, arguments, *communicator);
   } catch (const std::exception& e) {
     abort_ranks(e, *communicator);
   }

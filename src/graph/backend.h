@@ -4,6 +4,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "graph/plan.h"
 
@@ -29,6 +30,20 @@ class Replay {
  public:
   virtual ~Replay() = default;
   virtual void run(const std::function<void()>& body) = 0;
+};
+
+/// A large copy of device memory to the host, which goes on while the device works. One at a time: start() only after
+/// wait(), and with one wait() for each.
+class HostCopy {
+ public:
+  virtual ~HostCopy() = default;
+  /// Takes the tensors as the work enqueued so far leaves them; what is enqueued later may overwrite them. Returns at
+  /// once, on a device: in its stream stands a copy from device to device (2 bytes moved a byte, at the memory's
+  /// bandwidth), and behind it, in a stream of its own, the way over PCIe, which holds nothing up.
+  virtual void start() = 0;
+  /// Waits until the bytes have come; on any thread. They are the tensors', one after the other, until the next
+  /// start().
+  virtual std::span<const std::byte> wait() = 0;
 };
 
 /// A device: its memory, and a kernel for every op. Work is enqueued in order on one stream; only the calls that say so
@@ -57,6 +72,8 @@ class Backend {
   static constexpr std::size_t kFetches = 4;
   virtual std::size_t fetch(const Tensor& from) = 0;
   virtual void collect(std::size_t fetch, void* to) = 0;
+  /// Allocates a HostCopy of `tensors`: their bytes once more on the device, and on the host (page-locked).
+  virtual std::unique_ptr<HostCopy> host_copy(std::vector<Tensor> tensors) = 0;
   virtual void fill_bytes(const Tensor& tensor, std::uint8_t value) = 0;
   /// Waits until everything enqueued is done.
   virtual void synchronize() = 0;

@@ -22,6 +22,27 @@ class DirectReplay final : public Replay {
   void run(const std::function<void()>& body) override { body(); }
 };
 
+class DirectCopy final : public HostCopy {
+ public:
+  explicit DirectCopy(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
+    std::size_t bytes = 0;
+    for (const Tensor& tensor : tensors_) bytes += tensor.bytes();
+    bytes_.resize(bytes);
+  }
+  void start() override {
+    std::byte* to = bytes_.data();
+    for (const Tensor& tensor : tensors_) {
+      std::memcpy(to, tensor.data, tensor.bytes());
+      to += tensor.bytes();
+    }
+  }
+  std::span<const std::byte> wait() override { return bytes_; }
+
+ private:
+  std::vector<Tensor> tensors_;
+  std::vector<std::byte> bytes_;
+};
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend() {
@@ -41,6 +62,9 @@ class CpuBackend final : public Backend {
   }
   void collect(std::size_t fetch, void* to) override {
     std::memcpy(to, fetched_[fetch].data(), fetched_[fetch].size());
+  }
+  std::unique_ptr<HostCopy> host_copy(std::vector<Tensor> tensors) override {
+    return std::make_unique<DirectCopy>(std::move(tensors));
   }
   void fill_bytes(const Tensor& tensor, std::uint8_t value) override {
     if (tensor.bytes() > 0) std::memset(tensor.data, value, tensor.bytes());  // an empty one has no address

@@ -34,8 +34,4 @@ class Averager {
 /// NaN, or the dtype that they overflow.
 [[noreturn]] void fail_not_finite(const Sources& sources, std::uint64_t first, std::uint64_t count, DType dtype);
 
-/// fp64 to storage with one rounding, to nearest even (through fp32 it would be two). Overflow gives infinity.
-bfloat16 round_to_bfloat16(double value);
-float16 round_to_float16(double value);
-
 }  // namespace kiln

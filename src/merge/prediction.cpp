@@ -260,9 +260,16 @@ void choose(Prediction& prediction, const std::vector<Candidate>& candidates, co
   }
   prediction.trusted = chosen->predictor.name;
   prediction.loss = *chosen->predictor.loss;
+  const bool one_sequence = last.nats.size() < 2;
+  if (one_sequence)
+    prediction.reason +=
+        "; the held-out set is one sequence, so the error over sequences is unknown and the interval leaves it out: "
+        "hold out more tokens";
   Interval sampling{.low = -kNormal95 * chosen->predictor.standard_error,
                     .high = kNormal95 * chosen->predictor.standard_error};
-  if (chosen->losses && last.nats.size() > 1) {
+  if (one_sequence)
+    sampling = {};
+  else if (chosen->losses) {
     const Interval drawn = bootstrap_difference(*chosen->losses, last, kDraws, 1);
     const double mean = paired_difference(*chosen->losses, last).mean;
     sampling = {.low = drawn.low - mean, .high = drawn.high - mean};
@@ -294,6 +301,7 @@ Prediction predict(const PredictionRequest& request) {
   Prediction prediction{.anneal = request.anneal, .tokens = request.snapshots.back().tokens};
   prediction.sequences = static_cast<std::int64_t>(last.nats.size());
   for (const std::int64_t targets : last.targets) prediction.targets += targets;
+  prediction.evaluated_in = request.evaluated_in;
   prediction.last_loss = mean_loss(last);
   prediction.checks = checks.size();
 

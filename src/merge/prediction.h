@@ -27,6 +27,7 @@ struct PredictionRequest {
   /// Merges are made in these weights, and `evaluate` gives their losses on one held-out set, always the same.
   const ModelWeights& weights;
   std::function<SequenceLosses()> evaluate;
+  std::string evaluated_in = "f32";  // its precision, for the reader
   /// Runs the real anneal and returns its checkpoint; empty: no check.
   std::function<std::filesystem::path()> run_anneal;
 };
@@ -60,6 +61,7 @@ struct Prediction {
   Anneal anneal;
   std::optional<std::int64_t> tokens{};     // at its end
   std::int64_t sequences = 0, targets = 0;  // held out
+  std::string evaluated_in{};               // precision
   double last_loss = 0;
   std::vector<Predictor> predictors{};
   std::vector<SweepCell> sweep{};
@@ -78,7 +80,8 @@ struct Prediction {
 /// Which predictor is trusted: the one with the least root mean square error over earlier checks; without any, the
 /// merge matched to the schedule. The interval joins the standard error over sequences (bootstrap) with what the
 /// predictor may be wrong by: Student's t times its root mean square error over the checks, or else half the spread of
-/// the predictors, at least a quarter of the predicted gap. A usage Error when fewer than two snapshots lie in the
+/// the predictors, at least a quarter of the predicted gap. One held-out sequence has no error over sequences: the
+/// interval is then the predictor's own, and the reason says so. A usage Error when fewer than two snapshots lie in the
 /// window; the errors of merge_into, evaluate and run_anneal.
 Prediction predict(const PredictionRequest& request);
 

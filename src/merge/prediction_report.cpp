@@ -31,9 +31,16 @@ Json to_json(const Anneal& anneal) {
 
 std::string heading(const std::string& run, const Prediction& p) {
   return fmt::format(
-      "{}: anneal of {} steps, {} to {} of the peak rate, from step {} to {}{}\n{} held-out tokens in {} sequences\n\n",
+      "{}: anneal of {} steps, {} to {} of the peak rate, from step {} to {}{}\n{} held-out tokens in {} sequence{}, "
+      "in {}\n\n",
       run, p.anneal.steps(), to_string(p.anneal.shape), p.anneal.final_ratio, p.anneal.begin, p.anneal.end,
-      p.tokens ? fmt::format(" ({} tokens)", human_count(static_cast<double>(*p.tokens))) : "", p.targets, p.sequences);
+      p.tokens ? fmt::format(" ({} tokens)", human_count(static_cast<double>(*p.tokens))) : "", p.targets, p.sequences,
+      p.sequences == 1 ? "" : "s", p.evaluated_in);
+}
+
+/// Of one sequence there is none.
+std::string error_text(double standard_error) {
+  return std::isfinite(standard_error) ? fmt::format("{:.4f}", standard_error) : "-";
 }
 
 std::string predictor_rows(const Prediction& p) {
@@ -43,12 +50,12 @@ std::string predictor_rows(const Prediction& p) {
   text += "  note\n";
   for (const Predictor& row : p.predictors) {
     text += fmt::format("{:<20} ", row.name);
-    text += row.loss
-                ? fmt::format("{:>9.4f} {:>+9.4f} {:>8.4f}", *row.loss, *row.loss - p.last_loss, row.standard_error)
-                : fmt::format("{:>9} {:>9} {:>8}", "-", "-", "-");
+    text += row.loss ? fmt::format("{:>9.4f} {:>+9.4f} {:>8}", *row.loss, *row.loss - p.last_loss,
+                                   error_text(row.standard_error))
+                     : fmt::format("{:>9} {:>9} {:>8}", "-", "-", "-");
     const std::optional<double> share = recovered(p, row);
     if (checked && row.error)
-      text += fmt::format(" {:>+9.4f} {:>8.4f} {:>9}", *row.error, row.error_standard_error,
+      text += fmt::format(" {:>+9.4f} {:>8} {:>9}", *row.error, error_text(row.error_standard_error),
                           share ? fmt::format("{:.0f} %", 100 * *share) : "-");
     else if (checked)
       text += fmt::format(" {:>9} {:>8} {:>9}", "-", "-", "-");
@@ -81,12 +88,22 @@ std::string sweep_rows(const Prediction& p) {
 }  // namespace
 
 Json to_json(const Prediction& p) {
-  Json json = {
-      {"anneal", to_json(p.anneal)}, {"tokens", or_null(p.tokens)}, {"sequences", p.sequences},
-      {"targets", p.targets},        {"last_loss", p.last_loss},    {"predicted_loss", p.loss},
-      {"low", p.interval.low},       {"high", p.interval.high},     {"trusted", p.trusted},
-      {"reason", p.reason},          {"checks", p.checks},          {"annealed_loss", or_null(p.annealed_loss)},
-      {"predictors", Json::array()}, {"sweep", Json::array()},      {"trail", Json::array()}};
+  Json json = {{"anneal", to_json(p.anneal)},
+               {"tokens", or_null(p.tokens)},
+               {"sequences", p.sequences},
+               {"targets", p.targets},
+               {"evaluated_in", p.evaluated_in},
+               {"last_loss", p.last_loss},
+               {"predicted_loss", p.loss},
+               {"low", p.interval.low},
+               {"high", p.interval.high},
+               {"trusted", p.trusted},
+               {"reason", p.reason},
+               {"checks", p.checks},
+               {"annealed_loss", or_null(p.annealed_loss)},
+               {"predictors", Json::array()},
+               {"sweep", Json::array()},
+               {"trail", Json::array()}};
   for (const Predictor& row : p.predictors)
     json["predictors"].push_back({{"name", row.name},
                                   {"loss", or_null(row.loss)},

@@ -125,6 +125,7 @@ void write_side_files(CheckpointWriter& writer, const std::vector<MergeInput>& i
     Json state = last.state;
     state["merged_from"] = Json::array();
     for (const MergeInput& input : inputs) state["merged_from"].push_back(input.directory.string());
+    state.update(options.state);
     writer.write_json("state.json", state);
   }
   writer.write_json("merge.json", provenance(inputs, options, report));

@@ -26,6 +26,7 @@ struct MergeOptions {
   OptimizerStateMerge optimizer_state = OptimizerStateMerge::reset;
   bool keep_order = false;                            // the order given is oldest first, whatever the steps say
   std::size_t chunk_elements = std::size_t{1} << 18;  // of one thread
+  Json state = Json::object();                        // keys that replace those of the newest state.json
 };
 
 /// Writes the weighted average of checkpoints as one checkpoint: model.safetensors, config.json and tokenizer files of

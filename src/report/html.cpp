@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <string_view>
 
 #include "base/error.h"
@@ -204,6 +205,25 @@ void add_merged(std::vector<Series>& all, const std::vector<RunData>& runs, cons
   }
 }
 
+/// Losses of the averages that runs kept while they trained; a series for each window.
+void add_averages(std::vector<Series>& all, const std::vector<RunData>& runs, const Clock& clock) {
+  for (std::size_t r = 0; r < runs.size(); ++r) {
+    std::map<std::string, Series> by_window;
+    for (std::size_t i = 0; i < runs[r].metrics.size(); ++i)
+      for (const AverageLoss& average : runs[r].metrics[i].average_loss) {
+        Series& series = by_window[average.window];
+        series.x.push_back(clock.x[r][i]);
+        series.y.push_back(average.loss);
+      }
+    for (auto& [window, series] : by_window) {
+      series.name = fmt::format("{}, average {}", runs[r].name, window);
+      series.mark = Mark::points;
+      series.colour = runs.size() + all.size();
+      all.push_back(std::move(series));
+    }
+  }
+}
+
 std::string figure(const std::string& svg) { return "<figure>" + svg + "</figure>\n"; }
 
 /// Optimizer bytes of the runs that tell them; nothing when fewer than two do.
@@ -227,6 +247,7 @@ std::string figures(const std::vector<RunData>& runs, const Clock& clock) {
   std::vector<Series> valid = series_of(runs, clock, false, [](const StepMetrics& m) { return m.valid_loss; });
   const std::optional<double> limit = limit_without_start(valid);
   add_merged(valid, runs, clock);
+  add_averages(valid, runs, clock);
   if (!valid.empty())
     out += figure(svg_plot(options("Validation loss", {.label = "Loss (nats per token)", .max = limit}), valid));
   out += figure(svg_plot(options("Learning rate", {.label = "Learning rate", .include_zero = true}),

@@ -14,7 +14,7 @@
 namespace kiln {
 namespace {
 
-constexpr std::size_t kMaxLineBytes = 1024;  // ten numbers of at most 24 characters, and their keys
+constexpr std::size_t kMaxLineBytes = 4096;  // ten numbers of at most 24 characters and 16 averages, and their keys
 constexpr std::size_t kMaxShownBytes = 60;
 
 /// Reads one field of a line's object; `fault` gets a description when the key is missing or of the wrong type.
@@ -43,6 +43,15 @@ struct FieldReader {
   }
   void operator()(const char* key, std::optional<double>& out) {
     if (object.contains(key)) (*this)(key, out.emplace());
+  }
+  void operator()(const char* key, std::vector<AverageLoss>& out) {
+    const auto found = object.find(key);
+    if (found == object.end()) return;
+    if (!found->is_object()) return wrong(key, *found, "an object of losses");
+    for (const auto& [name, value] : found->items()) {
+      if (!value.is_number() && !value.is_null()) return wrong(key, *found, "an object of losses");
+      out.push_back({name, value.is_null() ? std::numeric_limits<double>::quiet_NaN() : value.template get<double>()});
+    }
   }
   template <typename Integer>
   requires std::is_integral_v<Integer>
@@ -113,7 +122,13 @@ MetricsWriter::MetricsWriter(const std::filesystem::path& run_dir, std::int64_t 
 
 void MetricsWriter::write(const StepMetrics& metrics) {
   FixedText<kMaxLineBytes> line;
-  visit_fields(metrics, [&line](const char* key, const auto& value) {
+  const auto add_number = [&line](std::string_view key, double number) {
+    if (std::isfinite(number))
+      line.add("\"{}\": {}", key, number);
+    else
+      line.add("\"{}\": null", key);
+  };
+  visit_fields(metrics, [&](const char* key, const auto& value) {
     using Value = std::decay_t<decltype(value)>;
     double number = 0;
     if constexpr (std::is_integral_v<Value>) {
@@ -121,14 +136,20 @@ void MetricsWriter::write(const StepMetrics& metrics) {
       return;
     } else if constexpr (std::is_same_v<Value, double>) {
       number = value;
+    } else if constexpr (std::is_same_v<Value, std::vector<AverageLoss>>) {
+      for (std::size_t i = 0; i < value.size(); ++i) {
+        if (i == 0) line.add(", \"{}\": {{", key);
+        if (i > 0) line.add_text(", ");
+        add_number(value[i].window, value[i].loss);
+      }
+      if (!value.empty()) line.add_text("}");
+      return;
     } else {
       if (!value) return;
       number = *value;
     }
-    if (std::isfinite(number))
-      line.add(", \"{}\": {}", key, number);
-    else
-      line.add(", \"{}\": null", key);
+    line.add_text(", ");
+    add_number(key, number);
   });
   line.add_text("}\n");
   file_.write(line.view());

@@ -2,11 +2,18 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "report/append_file.h"
 
 namespace kiln {
+
+/// Validation loss of an average of weights, by the name of its window.
+struct AverageLoss {
+  std::string window;
+  double loss = 0;
+};
 
 /// What one training step reports. NaN stands for a value that is not finite or not known.
 struct StepMetrics {
@@ -20,6 +27,8 @@ struct StepMetrics {
   double mfu = 0;                  ///< model FLOP utilisation, 0 to 1
   std::uint64_t memory_bytes = 0;  ///< peak of one rank so far
   std::optional<double> valid_loss{};
+  std::vector<AverageLoss> average_loss{};  ///< of the windows that the step completed
+  std::optional<double> average_ms{};       ///< that averaging held the step up; where weights were taken
 };
 
 /// The one list of keys, in the order of metrics.jsonl: writing, reading and TensorBoard visit it.
@@ -35,6 +44,8 @@ void visit_fields(Metrics& metrics, Visit visit) {
   visit("mfu", metrics.mfu);
   visit("memory_bytes", metrics.memory_bytes);
   visit("valid_loss", metrics.valid_loss);
+  visit("average_loss", metrics.average_loss);
+  visit("average_ms", metrics.average_ms);
 }
 
 /// Appends one JSON object a line to RUN_DIR/metrics.jsonl; values that are not finite are written as null.

@@ -65,8 +65,14 @@ void TensorBoardWriter::step(const StepMetrics& metrics) {
       FixedText<64> tag;
       tag.add("train/{}", key);
       scalar(tag.view(), static_cast<double>(value), metrics.step);
+    } else if constexpr (std::is_same_v<std::decay_t<decltype(value)>, std::vector<AverageLoss>>) {
+      for (const AverageLoss& average : value) {
+        FixedText<64> tag;
+        tag.add("valid/average_{}", average.window);
+        scalar(tag.view(), average.loss, metrics.step);
+      }
     } else if (value) {
-      scalar("valid/loss", *value, metrics.step);
+      scalar(key == "valid_loss" ? "valid/loss" : "train/average_ms", *value, metrics.step);
     }
   });
 }

@@ -21,6 +21,9 @@ Config anneal_config(const Config& trunk, const AnnealBranch& branch) {
   config.schedule.decay_shape = branch.shape;
   config.schedule.final_ratio = branch.final_ratio;
   config.snapshots.every = 0;
+  config.averages.clear();
+  config.run.on_divergence = OnDivergence::stop;
+  config.rescue = {};
   config.checkpoint.keep = 1;
   validate(config);
   return config;

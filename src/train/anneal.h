@@ -15,8 +15,9 @@ struct AnnealBranch {
   std::filesystem::path run_dir;  // of the branch
 };
 
-/// The trunk's configuration with the branch's schedule and directory, no snapshots, and every checkpoint but the last
-/// dropped. A usage Error when the checkpoint is not before `end_step`, or lies in the trunk's warm-up.
+/// The trunk's configuration with the branch's schedule and directory, no snapshots, averages or rescues, and every
+/// checkpoint but the last dropped. A usage Error when the checkpoint is not before `end_step`, or lies in the trunk's
+/// warm-up.
 Config anneal_config(const Config& trunk, const AnnealBranch& branch);
 
 /// Trains the branch and returns its last checkpoint. One that has ended is not trained again; one that was stopped

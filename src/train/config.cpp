@@ -77,6 +77,11 @@ std::span<const Spelling<Recompute>> spellings() {
   return kAll;
 }
 template <>
+std::span<const Spelling<OnDivergence>> spellings() {
+  static constexpr Spelling<OnDivergence> kAll[] = {{"stop", OnDivergence::stop}, {"merge", OnDivergence::merge}};
+  return kAll;
+}
+template <>
 std::span<const Spelling<UpdatePlacement>> spellings() {
   static constexpr Spelling<UpdatePlacement> kAll[] = {{"auto", UpdatePlacement::automatic},
                                                        {"after_backward", UpdatePlacement::after_backward},
@@ -160,6 +165,8 @@ const std::vector<Field>& fields() {
       KILN_FIELD("run.seed", run.seed, "of initialisation, data order and projectors"),
       KILN_FIELD("run.device", run.device, "auto | cpu | cuda"),
       KILN_FIELD("run.threads", run.threads, "threads of a rank; auto: the processors it may use"),
+      KILN_FIELD("run.on_divergence", run.on_divergence,
+                 "stop (exit code 5) | merge (go on from the mean of the last checkpoints)"),
       KILN_FIELD("model.preset", model.preset, "llama_{9m,60m,130m,350m,1b,7b}; the keys below override it"),
       KILN_FIELD("model.hidden", model.hidden, "model width C"),
       KILN_FIELD("model.ffn", model.ffn, "width of the SwiGLU"),
@@ -220,9 +227,16 @@ const std::vector<Field>& fields() {
       KILN_FIELD("parallel.zero", parallel.zero, "0 | 1"),
       KILN_FIELD("checkpoint.every", checkpoint.every, "steps between checkpoints; 0: only the last"),
       KILN_FIELD("checkpoint.keep", checkpoint.keep, "checkpoints kept; 0: all"),
+      KILN_FIELD("rescue.checkpoints", rescue.checkpoints, "on_divergence merge: how many are averaged"),
+      KILN_FIELD("rescue.limit", rescue.limit, "rescues of a run; the next divergence stops it"),
+      KILN_FIELD("rescue.skip", rescue.skip, "batches left out, the offending one first"),
+      KILN_FIELD("rescue.spike", rescue.spike,
+                 "a loss above this many times the median of the last 64 diverges too; auto: only one not finite"),
       KILN_FIELD("snapshots.every", snapshots.every, "steps between snapshots for merging; 0: none"),
       KILN_FIELD("snapshots.dtype", snapshots.dtype, "fp32 | bf16"),
       KILN_FIELD("snapshots.start", snapshots.start, "first step; auto: while the learning rate is constant"),
+      KILN_FIELD("averages", averages,
+                 "means of weights while they train, a list of {every, count, start: auto, eval: true}"),
       KILN_FIELD("eval.every", eval.every, "steps between validations; 0: only the last"),
       KILN_FIELD("eval.tokens", eval.tokens, "tokens of one validation"),
       KILN_FIELD("eval.micro", eval.micro, "samples of one pass; auto: as batch.micro"),
@@ -293,7 +307,10 @@ Config parse_config(const std::string& text, const std::string& name, std::span<
         std::any_of(fields().begin(), fields().end(), [&](const Field& f) { return section_of(f.key) == place.key; });
     if (!known) unknown_key(place, item.first);
     if (!seen.insert(place.key).second) fail(ExitCode::usage, "{} is set twice; keep one", place.at(item.first));
-    read_section(config, name, place.key, item.second);
+    if (const Field* whole = find_field(place.key))
+      whole->read(config, item.second, place);
+    else
+      read_section(config, name, place.key, item.second);
   }
   for (const std::string& text_override : overrides) apply_override(config, text_override);
   if (config.run.name.empty()) config.run.name = std::filesystem::path(config.run.dir).filename().string();
@@ -311,7 +328,10 @@ Json to_json(const Config& config) {
   Json json = Json::object();
   for (const Field& f : fields()) {
     const std::string section(section_of(f.key));
-    json[section][std::string(f.key.substr(section.size() + 1))] = f.write(config);
+    if (section == f.key)
+      json[section] = f.write(config);
+    else
+      json[section][std::string(f.key.substr(section.size() + 1))] = f.write(config);
   }
   return json;
 }
@@ -320,7 +340,8 @@ std::string to_yaml(const Config& config) {
   std::string text;
   const Json json = to_json(config);
   for (const auto& [section, values] : json.items()) {
-    text += section + ":\n";
+    text += section + (values.is_object() ? ":\n" : fmt::format(": {}\n", values.dump()));
+    if (!values.is_object()) continue;
     // A JSON value is a YAML value, so quoting and lists need no code of their own.
     for (const auto& [key, value] : values.items()) text += fmt::format("  {}: {}\n", key, value.dump());
   }
@@ -334,6 +355,8 @@ std::string config_help() {
     text += fmt::format("  {:<24} {:<10} {}\n", f.key, f.write(defaults).dump(), f.meaning);
   return text;
 }
+
+std::string to_string(const AverageWindow& window) { return fmt::format("{}x{}", window.every, window.count); }
 
 bool snapshot_due_phase(const Config& config, std::int64_t step) {
   if (config.snapshots.start) return step >= *config.snapshots.start;

@@ -17,7 +17,17 @@ namespace kiln {
 
 enum class Device { automatic, cpu, cuda };
 enum class WeightPrecision { fp32, bf16_sr };
+enum class OnDivergence { stop, merge };
 enum class UpdatePlacement { automatic, after_backward, in_backward };
+
+/// Weights averaged while they are trained: every `every` steps, `count` times, then anew.
+struct AverageWindow {
+  std::int64_t every = 0, count = 0;
+  std::optional<std::int64_t> start = {};  // first step; auto: while the rate is constant
+  bool evaluate = true;                    // its loss on the validation data, at once
+};
+/// "20x10", every x count
+std::string to_string(const AverageWindow& window);
 
 /// A whole run, as its YAML file says it. An empty optional is `auto`: chosen from the rest.
 struct Config {
@@ -27,6 +37,7 @@ struct Config {
     std::uint64_t seed = 1;
     Device device = Device::automatic;
     std::optional<std::int64_t> threads;
+    OnDivergence on_divergence = OnDivergence::stop;
   } run;
   struct Model {
     std::string preset;
@@ -78,11 +89,18 @@ struct Config {
     std::int64_t every = 500;
     std::int64_t keep = 3;
   } checkpoint;
+  struct Rescue {                  // run.on_divergence: merge
+    std::int64_t checkpoints = 3;  // merged, the newest from before the divergence
+    std::int64_t limit = 2;        // rescues of a run
+    std::int64_t skip = 1;         // batches left out, the offending one first
+    std::optional<double> spike;   // a loss above this many medians diverges as well
+  } rescue;
   struct Snapshots {
     std::int64_t every = 0;  // 0: none
     DType dtype = DType::f32;
     std::optional<std::int64_t> start;  // first step; auto: after warm-up, while the rate is constant
   } snapshots;
+  std::vector<AverageWindow> averages;
   struct Eval {
     std::int64_t every = 200;
     std::int64_t tokens = 1'000'000;

@@ -1,3 +1,5 @@
+#include <set>
+
 #include "train/config.h"
 #include "train/device.h"
 #include "train/trainer.h"
@@ -23,6 +25,31 @@ void check_schedule(const ScheduleOptions& s) {
   check(s.final_ratio >= 0 && s.final_ratio <= 1, "schedule.final_ratio: {}, expected 0 to 1", s.final_ratio);
 }
 
+void check_averages(const std::vector<AverageWindow>& windows) {
+  constexpr std::size_t kMost = 16;  // their losses share one line of metrics.jsonl
+  check(windows.size() <= kMost, "averages: {} windows, expected at most {}", windows.size(), kMost);
+  std::set<std::string> names;
+  for (const AverageWindow& window : windows) {
+    at_least("averages: every", window.every, 1);
+    at_least("averages: count", window.count, 1);
+    check(names.insert(to_string(window)).second, "averages: {{every: {}, count: {}}} is given twice; keep one",
+          window.every, window.count);
+  }
+}
+
+void check_rescue(const Config& config) {
+  at_least("rescue.checkpoints", config.rescue.checkpoints, 1);
+  at_least("rescue.limit", config.rescue.limit, 0);
+  at_least("rescue.skip", config.rescue.skip, 0);
+  if (config.rescue.spike)
+    check(*config.rescue.spike > 1, "rescue.spike: {}, expected more than 1, such as 2", *config.rescue.spike);
+  if (config.run.on_divergence == OnDivergence::stop) return;
+  check(config.checkpoint.every > 0, "run.on_divergence: merge needs checkpoints; set checkpoint.every");
+  check(config.checkpoint.keep == 0 || config.checkpoint.keep >= config.rescue.checkpoints,
+        "checkpoint.keep: {}, but rescue.checkpoints merges {}; keep as many", config.checkpoint.keep,
+        config.rescue.checkpoints);
+}
+
 }  // namespace
 
 void validate(const Config& config) {
@@ -35,6 +62,8 @@ void validate(const Config& config) {
   at_least("checkpoint.every", config.checkpoint.every, 0);
   at_least("checkpoint.keep", config.checkpoint.keep, 0);
   at_least("snapshots.every", config.snapshots.every, 0);
+  check_averages(config.averages);
+  check_rescue(config);
   at_least("eval.every", config.eval.every, 0);
   at_least("eval.tokens", config.eval.tokens, 1);
   check(config.parallel.zero == 0 || config.parallel.zero == 1, "parallel.zero: {}, expected 0 or 1",

@@ -44,6 +44,28 @@ DataSource read_source(const YAML::Node& node, const Place& place) {
   return source;
 }
 
+AverageWindow read_window(const YAML::Node& node, const Place& place) {
+  AverageWindow window;
+  if (!node.IsMap()) bad_value(place, node, "a window {every: ..., count: ...}");
+  for (const auto& item : node) {
+    const auto name = item.first.as<std::string>();
+    const bool automatic = item.second.IsNull() || (item.second.IsScalar() && item.second.Scalar() == "auto");
+    if (name == "every")
+      read(item.second, place, window.every);
+    else if (name == "count")
+      read(item.second, place, window.count);
+    else if (name == "eval")
+      read(item.second, place, window.evaluate);
+    else if (name == "start" && !automatic)
+      read(item.second, place, window.start.emplace());
+    else if (name != "start")
+      fail(ExitCode::usage, "{}: key '{}' is not known; expected every, count, start or eval", place.at(item.first),
+           name);
+  }
+  if (window.every < 1 || window.count < 1) bad_value(place, node, "a window with every and count of at least 1");
+  return window;
+}
+
 }  // namespace
 
 void read(const YAML::Node& node, const Place& place, std::string& out) { read_scalar(node, place, out, "text"); }
@@ -65,6 +87,12 @@ void read(const YAML::Node& node, const Place& place, std::vector<DataSource>& o
     out.push_back(read_source(node, place));
 }
 
+void read(const YAML::Node& node, const Place& place, std::vector<AverageWindow>& out) {
+  out.clear();
+  if (!node.IsSequence() && !node.IsNull()) bad_value(place, node, "a list of windows {every: ..., count: ...}");
+  for (const YAML::Node& item : node) out.push_back(read_window(item, place));
+}
+
 Json write(const std::string& value) { return value; }
 Json write(bool value) { return value; }
 Json write(std::int64_t value) { return value; }
@@ -73,6 +101,16 @@ Json write(double value) { return value; }
 Json write(const std::vector<DataSource>& value) {
   Json list = Json::array();
   for (const DataSource& source : value) list.push_back({{"path", source.pattern}, {"weight", source.weight}});
+  return list;
+}
+
+Json write(const std::vector<AverageWindow>& value) {
+  Json list = Json::array();
+  for (const AverageWindow& window : value)
+    list.push_back({{"every", window.every},
+                    {"count", window.count},
+                    {"start", window.start ? Json(*window.start) : Json("auto")},
+                    {"eval", window.evaluate}});
   return list;
 }
 

@@ -24,6 +24,7 @@ void read(const YAML::Node& node, const Place& place, std::int64_t& out);
 void read(const YAML::Node& node, const Place& place, std::uint64_t& out);
 void read(const YAML::Node& node, const Place& place, double& out);
 void read(const YAML::Node& node, const Place& place, std::vector<DataSource>& out);
+void read(const YAML::Node& node, const Place& place, std::vector<AverageWindow>& out);
 
 /// One spelling of a member of a closed vocabulary.
 template <typename E>
@@ -40,5 +41,6 @@ Json write(std::int64_t value);
 Json write(std::uint64_t value);
 Json write(double value);
 Json write(const std::vector<DataSource>& value);
+Json write(const std::vector<AverageWindow>& value);
 
 }  // namespace kiln::config_values

@@ -1,5 +1,6 @@
 #include "train/device_memory.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -50,12 +51,12 @@ DeviceWeights::DeviceWeights(const ModelWeights& host, const StorageLayout& layo
 }
 
 template <typename F>
-void DeviceWeights::for_rows(std::size_t storage, F&& visit) const {
+void DeviceWeights::for_rows(const ModelWeights& host, std::size_t storage, F&& visit) const {
   const std::vector<Parameter>& parameters = table_.parameters;
   const std::int64_t pitch = columns(table_.storages[storage].spec.shape);
   for (std::size_t p = 0; p < parameters.size(); ++p)
     if (parameters[p].storage == storage)
-      visit(host_.view(host_.table().parameters[p]), parameters[p].row_begin * pitch, pitch);
+      visit(host.view(host.table().parameters[p]), parameters[p].row_begin * pitch, pitch);
 }
 
 void DeviceWeights::bind(Executor& executor, const LlamaValues& values) const {
@@ -63,12 +64,15 @@ void DeviceWeights::bind(Executor& executor, const LlamaValues& values) const {
 }
 
 void DeviceWeights::push() const {
-  if (shared_) return;
+  if (!shared_) push(host_);
+}
+
+void DeviceWeights::push(const ModelWeights& from_model) const {
   std::vector<std::uint16_t> high, low;
   for (std::size_t s = 0; s < high_.size(); ++s) {
     high.assign(static_cast<std::size_t>(high_[s].view().numel()), 0);
     low.assign(high.size(), 0);
-    for_rows(s, [&](const Tensor& from, std::int64_t first, std::int64_t pitch) {
+    for_rows(from_model, s, [&](const Tensor& from, std::int64_t first, std::int64_t pitch) {
       const float* values = from.as<float>();
       const std::int64_t width = columns(from.shape());
       parallel_for(from.numel() / width, 64, [&](std::int64_t begin, std::int64_t end) {
@@ -92,21 +96,67 @@ void DeviceWeights::pull() const {
   std::vector<std::uint16_t> high, low;
   for (std::size_t s = 0; s < high_.size(); ++s) {
     high.resize(static_cast<std::size_t>(high_[s].view().numel()));
-    low.assign(high.size(), 0);
+    low.resize(high.size());
     backend_.download(high.data(), high_[s].view());
     if (!low_.empty()) backend_.download(low.data(), low_[s].view());
-    for_rows(s, [&](const Tensor& to, std::int64_t first, std::int64_t pitch) {
-      float* values = to.as<float>();
-      const std::int64_t width = columns(to.shape());
-      parallel_for(to.numel() / width, 64, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t r = begin; r < end; ++r)
-          for (std::int64_t c = 0; c < width; ++c) {
-            const auto at = static_cast<std::size_t>(first + r * pitch + c);
-            values[r * width + c] = joined({high[at], low[at]});
-          }
-      });
-    });
+    join(s, high.data(), low_.empty() ? nullptr : low.data(), host_);
   }
+}
+
+void DeviceWeights::join(std::size_t storage, const std::uint16_t* high, const std::uint16_t* low,
+                         const ModelWeights& to_model) const {
+  for_rows(to_model, storage, [&](const Tensor& to, std::int64_t first, std::int64_t pitch) {
+    float* values = to.as<float>();
+    const std::int64_t width = columns(to.shape());
+    parallel_for(to.numel() / width, 64, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t r = begin; r < end; ++r)
+        for (std::int64_t c = 0; c < width; ++c) {
+          const auto at = static_cast<std::size_t>(first + r * pitch + c);
+          values[r * width + c] = joined({high[at], low == nullptr ? std::uint16_t{0} : low[at]});
+        }
+    });
+  });
+}
+
+std::vector<Tensor> DeviceWeights::parts() const {
+  std::vector<Tensor> all;
+  for (std::size_t s = 0; s < high_.size(); ++s) {
+    all.push_back(high_[s].view());
+    if (!low_.empty()) all.push_back(low_[s].view());
+  }
+  return all;
+}
+
+void DeviceWeights::unpack(std::span<const std::byte> parts, const ModelWeights& to) const {
+  const auto take = [&](const Tensor& part) {
+    const auto* values = reinterpret_cast<const std::uint16_t*>(parts.data());
+    parts = parts.subspan(part.bytes());
+    return values;
+  };
+  for (std::size_t s = 0; s < high_.size(); ++s) {
+    const std::uint16_t* high = take(high_[s].view());
+    join(s, high, low_.empty() ? nullptr : take(low_[s].view()), to);
+  }
+}
+
+void DeviceWeights::exchange(const ModelWeights& other) const {
+  for (std::size_t s = 0; s < count(); ++s) {
+    const std::span<float> mine = host_.storage(s).span<float>();
+    std::swap_ranges(mine.begin(), mine.end(), other.storage(s).span<float>().begin());
+  }
+}
+
+void DeviceWeights::show(const ModelWeights& other) const {
+  if (shared_) return exchange(other);
+  pull();
+  push(other);
+}
+
+void DeviceWeights::restore(const ModelWeights& other) const {
+  if (shared_)
+    exchange(other);
+  else
+    push(host_);
 }
 
 ModelInputs::ModelInputs(Backend& backend, const LlamaConfig& config, const StorageLayout& layout,

@@ -1,4 +1,5 @@
 #pragma once
+#include <span>
 #include <vector>
 
 #include "graph/executor.h"
@@ -31,6 +32,7 @@ class DeviceWeights {
   explicit DeviceWeights(const ModelWeights& host) : DeviceWeights(host, DType::f32, false, cpu_backend()) {}
 
   const LlamaConfig& config() const { return host_.config(); }
+  const ModelWeights& host() const { return host_; }
   const StorageLayout& layout() const { return layout_; }
   Backend& backend() const { return backend_; }
   std::size_t count() const { return table_.storages.size(); }
@@ -44,10 +46,31 @@ class DeviceWeights {
   /// Device to host; waits for the device.
   void pull() const;
 
- private:
-  /// Calls visit(host rows, first element in the padded storage, padded row length) for each parameter of a storage.
+  /// Plans read the host's own tensors.
+  bool shared() const { return shared_; }
+  /// What a HostCopy takes where they are not shared, and its bytes as f32 weights, by parameter of the model.
+  std::vector<Tensor> parts() const;
+  void unpack(std::span<const std::byte> parts, const ModelWeights& to) const;
+  /// Calls f() while plans read `other`, a model of the same configuration, and puts back what they read, bit for bit.
+  /// `other` may be written meanwhile but is left as it was; waits for the device.
   template <typename F>
-  void for_rows(std::size_t storage, F&& visit) const;
+  void with(const ModelWeights& other, F&& f) const {
+    show(other);
+    f();
+    restore(other);
+  }
+
+ private:
+  /// Calls visit(rows of `host`, first element in the padded storage, padded row length) for each parameter of a
+  /// storage.
+  template <typename F>
+  void for_rows(const ModelWeights& host, std::size_t storage, F&& visit) const;
+  void push(const ModelWeights& from) const;
+  /// The f32 rows of a storage; `low` is null without masters.
+  void join(std::size_t storage, const std::uint16_t* high, const std::uint16_t* low, const ModelWeights& to) const;
+  void exchange(const ModelWeights& other) const;
+  void show(const ModelWeights& other) const;
+  void restore(const ModelWeights& other) const;
 
   const ModelWeights& host_;
   StorageLayout layout_;

@@ -25,7 +25,7 @@ struct PackedMemory {
   std::uint64_t weights = 0, states = 0;
   std::uint64_t arena = 0;       // gradients, activations and workspace, packed by lifetime
   std::uint64_t evaluation = 0;  // the evaluator's arena, when there is validation data
-  std::uint64_t inputs = 0;      // on a GPU: tokens, RoPE table, scalars and the staging of copies
+  std::uint64_t inputs = 0;      // on a GPU: tokens, RoPE table, scalars and the staging of copies and averages
   std::uint64_t peak_gradients = 0, peak_activations = 0, peak_workspace = 0;  // at the arena's fullest moment
   std::uint64_t total() const { return weights + states + arena + evaluation + inputs; }
 };
@@ -35,7 +35,7 @@ PackedMemory packed_memory(const Config& config, const MemoryChoice& choice, con
 /// As configured, on the CPU.
 PackedMemory packed_memory(const Config& config, Communicator& communicator);
 
-/// Every micro-batch that divides the rank's share, ascending.
+/// Every micro-batch that divides the rank's share, ascending; with memory.update: in_backward the share alone.
 std::vector<std::int64_t> micro_batches_of(const Config& config, int ranks);
 
 /// The first within `budget` of: none, norms, block, each with micro-batches from micro_batch() down to an eighth of

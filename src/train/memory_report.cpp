@@ -121,8 +121,9 @@ PresetMemory preset_memory(const Config& config, std::string_view name, const Me
     PresetMemory::Entry entry{.kind = optimizer.kind, .smallest = {}, .largest_micro = {}};
     for (const Recompute recompute : kRecomputes) {
       entry.recompute = config.memory.recompute.value_or(recompute);
-      const BatchShape least{.sequences = 1, .seq_len = config.data.seq_len};
-      entry.smallest = {1, site.packed(one, {least, entry.recompute}).total()};
+      const BatchShape least{.sequences = micro_batches_of(one, site.communicator.size()).front(),
+                             .seq_len = config.data.seq_len};
+      entry.smallest = {least.sequences, site.packed(one, {least, entry.recompute}).total()};
       if (!config.memory.budget || config.memory.recompute || entry.smallest.bytes <= *config.memory.budget) break;
     }
     if (config.memory.budget && entry.smallest.bytes <= *config.memory.budget)
@@ -216,20 +217,22 @@ MemoryReport memory_report(const Config& config, Communicator& communicator, con
   const Site site{backend, communicator};
   const MemoryChoice choice = site.configured(config);
   const TrainPlanOptions options = plan_options(config, choice, backend, communicator.size());
-  MemoryReport report{.name = config.run.name,
-                      .device = backend.name(),
-                      .model = options.model,
-                      .micro = choice.micro,
-                      .recompute = choice.recompute,
-                      .micro_batches = options.micro_batches,
-                      .rank = config.optimizer.rank,
-                      .states = optimizer_options(config).states,
-                      .projector_states = config.optimizer.projector_states,
-                      .ranks = communicator.size(),
-                      .budget = config.memory.budget,
-                      .optimizers = {},
-                      .without_kernels = {},
-                      .presets = {}};
+  MemoryReport report{
+      .name = config.run.name,
+      .device = backend.name(),
+      .model = options.model,
+      .micro = choice.micro,
+      .recompute = choice.recompute,
+      .micro_batches = options.micro_batches,
+      .rank = config.optimizer.rank,
+      .states = optimizer_options(config).states,
+      .projector_states = config.optimizer.projector_states,
+      .ranks = communicator.size(),
+      .budget = config.memory.budget,
+      .averages_host = average_host_bytes(config, record_train_plan(options, communicator).parameter_bytes(), backend),
+      .optimizers = {},
+      .without_kernels = {},
+      .presets = {}};
   for (const OptimizerKind kind : optimizer_kinds()) {
     const Config one = with_optimizer(config, kind);
     if (runs(one, site))

@@ -75,6 +75,7 @@ struct MemoryReport {
   StatePrecision states = StatePrecision::fp32, projector_states = StatePrecision::fp32;
   int ranks = 1;
   std::optional<std::uint64_t> budget;
+  std::uint64_t averages_host = 0;  // host bytes of the first rank for `averages`, beside all others
   std::vector<OptimizerMemory> optimizers;
   std::vector<OptimizerKind> without_kernels;  // that the device cannot run
   std::vector<PresetMemory> presets;

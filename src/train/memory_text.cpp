@@ -172,6 +172,7 @@ Json to_json(const MemoryReport& report) {
             {"ranks", report.ranks},
             {"rank", report.rank},
             {"budget_bytes", optional_json(report.budget)},
+            {"averages_host_bytes", report.averages_host},
             {"optimizers", Json::array()},
             {"without_kernels", Json::array()},
             {"presets", Json::array()}};
@@ -213,6 +214,9 @@ std::string memory_tables(const MemoryReport& report) {
     table.line(fmt::format("{}: no kernels on this device yet; trains on the CPU", to_string(kind)));
   table.line("");
   role_rows(table, report);
+  if (report.averages_host > 0)
+    table.line(fmt::format("averages: {} of host memory on the first rank, not counted above\n",
+                           human_bytes(report.averages_host)));
   micro_rows(table, report);
   recompute_rows(table, report);
   preset_rows(table, report);

@@ -4,6 +4,7 @@
 
 #include "io/checkpoint.h"
 #include "io/safetensors.h"
+#include "train/averages.h"
 #include "train/model_files.h"
 
 namespace kiln {
@@ -14,11 +15,8 @@ constexpr int kStateVersion = 1;
 constexpr const char* kOptimizerFile = "optimizer-00000-of-00001.safetensors";
 
 Json position_json(const RunState& state, const RunPosition& at) {
-  return {{"version", kStateVersion},
-          {"step", at.step},
-          {"tokens", at.tokens},
-          {"data_position", at.position},
-          {"config", state.config}};
+  return {{"version", kStateVersion},     {"step", at.step},       {"tokens", at.tokens},
+          {"data_position", at.position}, {"rescues", at.rescues}, {"config", state.config}};
 }
 
 void write_states(const std::filesystem::path& path, const OptimizerStates& states) {
@@ -62,14 +60,17 @@ void save_checkpoint(const std::filesystem::path& directory, const RunState& sta
   CheckpointWriter writer(directory);
   write_model(writer, state.weights, DType::f32, state.tokenizer);
   write_states(writer.directory() / kOptimizerFile, state.states);
+  if (state.averages != nullptr) state.averages->save(writer.directory());
   writer.write_json("state.json", position_json(state, at));
   writer.commit();
 }
 
-void save_snapshot(const std::filesystem::path& directory, const RunState& state, const RunPosition& at, DType dtype) {
+void save_snapshot(const std::filesystem::path& directory, const RunState& state, const RunPosition& at, DType dtype,
+                   const Json& merge) {
   CheckpointWriter writer(directory);
   write_model(writer, state.weights, dtype, state.tokenizer);
   writer.write_json("state.json", position_json(state, at));
+  if (!merge.is_null()) writer.write_json("merge.json", merge);
   writer.commit();
 }
 
@@ -82,7 +83,10 @@ RunPosition load_checkpoint(const std::filesystem::path& directory, const RunSta
   try {
     if (json.at("version").get<int>() != kStateVersion)
       fail(ExitCode::data, "{}: version {}, expected {}", path.string(), json.at("version").dump(), kStateVersion);
-    at = {.step = json.at("step"), .tokens = json.at("tokens"), .position = json.at("data_position")};
+    at = {.step = json.at("step"),
+          .tokens = json.at("tokens"),
+          .position = json.at("data_position"),
+          .rescues = json.value("rescues", std::int64_t{0})};
   } catch (const nlohmann::json::exception& e) {
     fail(ExitCode::data, "{}: not a run's state ({}); resume from a checkpoint that kiln wrote", path.string(),
          e.what());
@@ -93,6 +97,7 @@ RunPosition load_checkpoint(const std::filesystem::path& directory, const RunSta
         directory.string(), saved.parameter_count(), state.weights.config().parameter_count());
   load_weights(directory, state.weights);
   read_states(directory / kOptimizerFile, state.states);
+  if (state.averages != nullptr) state.averages->load(directory);
   return at;
 }
 

@@ -4,17 +4,12 @@
 
 #include "base/json.h"
 #include "model/llama.h"
+#include "train/run_position.h"
 #include "train/train_plan.h"
 
 namespace kiln {
 
-/// Where a run stands: everything but the tensors. The data position is one integer, the next sample of the
-/// permutation.
-struct RunPosition {
-  std::int64_t step = 0;      // updates done
-  std::int64_t tokens = 0;    // trained on, over all ranks
-  std::int64_t position = 0;  // samples drawn
-};
+class Averages;
 
 /// What a checkpoint holds, borrowed from the trainer.
 struct RunState {
@@ -22,16 +17,18 @@ struct RunState {
   const OptimizerStates& states;
   Json config;                      // the full configuration, for the reader and for the check on resume
   std::filesystem::path tokenizer;  // copied beside the model; may be empty
+  Averages* averages = nullptr;     // under way; null where the run keeps none
 };
 
-/// Writes `RUN/step_XXXXXXXX/` atomically: model, optimizer states, state.json, manifest. One rank calls it.
+/// Writes `RUN/step_XXXXXXXX/` atomically: model, optimizer states, averages, state.json, manifest. One rank calls it.
 void save_checkpoint(const std::filesystem::path& directory, const RunState& state, const RunPosition& at);
 
-/// Writes a snapshot: the model alone, in `dtype`, with its step and tokens.
-void save_snapshot(const std::filesystem::path& directory, const RunState& state, const RunPosition& at, DType dtype);
+/// Writes a snapshot: the model alone, in `dtype`, with its step and tokens; of an average, also `merge` as merge.json.
+void save_snapshot(const std::filesystem::path& directory, const RunState& state, const RunPosition& at, DType dtype,
+                   const Json& merge = nullptr);
 
-/// Fills weights and states from a checkpoint and says where it stands. A data Error names the file and tensor when the
-/// checkpoint is torn, or belongs to another model, optimizer or configuration of states.
+/// Fills weights, states and averages from a checkpoint and says where it stands. A data Error names the file and
+/// tensor when the checkpoint is torn, or belongs to another model, optimizer or configuration of states.
 RunPosition load_checkpoint(const std::filesystem::path& directory, const RunState& state);
 
 /// Fills states from a directory that holds some, as a merge with `optimizer_state: keep-last` does, for a run that

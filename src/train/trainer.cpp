@@ -11,6 +11,7 @@
 #include "report/progress.h"
 #include "report/tensorboard.h"
 #include "train/device.h"
+#include "train/divergence.h"
 #include "train/model_files.h"
 #include "train/schedule.h"
 #include "train/step_bench.h"
@@ -21,6 +22,7 @@ namespace {
 bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
 std::filesystem::path snapshots_of(const Config& config) { return std::filesystem::path(config.run.dir) / "snapshots"; }
+std::filesystem::path averages_of(const Config& config) { return std::filesystem::path(config.run.dir) / "averages"; }
 
 }  // namespace
 
@@ -93,6 +95,9 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
     evaluator_ =
         std::make_unique<Evaluator>(device_weights_, config.eval.micro.value_or(micro_.sequences), config.data.seq_len);
   }
+  if (config.rescue.spike && communicator.rank() == 0) spike_.emplace(*config.rescue.spike);
+  if (!config.averages.empty())
+    averages_ = std::make_unique<Averages>(config, device_weights_, communicator.rank() == 0);
 }
 
 Trainer::~Trainer() = default;
@@ -115,7 +120,8 @@ RunState Trainer::run_state(Holds what) const {
   return {.weights = weights(),
           .states = what == Holds::everything ? states() : states_,
           .config = to_json(config_),
-          .tokenizer = config_.data.tokenizer};
+          .tokenizer = config_.data.tokenizer,
+          .averages = averages_.get()};
 }
 
 bool Trainer::resume_latest() {
@@ -126,7 +132,7 @@ bool Trainer::resume_latest() {
 }
 
 void Trainer::resume(const std::filesystem::path& checkpoint) {
-  at_ = load_checkpoint(checkpoint, {weights_, states_, {}, {}});
+  at_ = load_checkpoint(checkpoint, {weights_, states_, {}, {}, averages_.get()});
   device_weights_.push();
   device_states_.push();
   if (communicator_.rank() == 0) log_info("resumed {} at step {}", checkpoint.string(), at_.step);
@@ -158,13 +164,28 @@ double Trainer::load_batch() {
   return communicator_.sum(static_cast<double>(counted));
 }
 
-/// The update of such a step changed nothing (optim/optimizer.h).
-void Trainer::stop_if_diverged(std::string_view what, double value, std::int64_t step) const {
-  if (std::isfinite(value)) return;
-  fail(ExitCode::diverged,
-       "{}: the {} of step {} is {}, expected a finite number; the last checkpoint stands: lower schedule.peak_lr or "
-       "optimizer.clip_norm and resume",
-       config_.run.dir, what, step, value);
+/// Throws a Divergence. The update of a step whose loss or norm is not finite changed nothing (optim/optimizer.h).
+void Trainer::stop_if_diverged(const RunPosition& at, double grad_norm) {
+  std::string why;
+  if (!std::isfinite(train_loss_) || !std::isfinite(grad_norm))
+    why = fmt::format("the {} of step {} is {}, expected a finite number",
+                      std::isfinite(train_loss_) ? "gradient norm" : "loss", at.step,
+                      std::isfinite(train_loss_) ? grad_norm : train_loss_);
+  else if (spike_ && (*spike_)(train_loss_))
+    why = fmt::format("the loss of step {} is {:.4f}, expected at most {} times the median {:.4f} (rescue.spike)",
+                      at.step, train_loss_, *config_.rescue.spike, spike_->median());
+  bool diverged = !why.empty();
+  // Ranks that may be rescued, or do not look for spikes themselves, all follow the one that saw it.
+  if (config_.rescue.spike || config_.run.on_divergence == OnDivergence::merge)
+    diverged = communicator_.maximum(diverged ? 1 : 0) > 0;
+  if (!diverged) return;
+  if (why.empty()) why = fmt::format("step {} diverged, as another rank saw", at.step);
+  backend_->synchronize();  // the next step may be under way, and memory be freed when this is caught
+  launched_.clear();
+  throw Divergence(fmt::format("{}: {}; the last checkpoint stands: lower schedule.peak_lr or optimizer.clip_norm and "
+                               "resume",
+                               config_.run.dir, why),
+                   at);
 }
 
 /// All the work of a step on the device; the same at every step, so that a device can replay it.
@@ -198,7 +219,8 @@ void Trainer::launch() {
                        .counted = counted,
                        .lr = scalar(scalars, Scalar::lr),
                        .fetch = backend_->fetch(inputs_.scalars.view()),
-                       .begin = begin});
+                       .begin = begin,
+                       .average_ms = averages_ ? averages_->take(at_) : std::nullopt});
 }
 
 StepMetrics Trainer::collect() {
@@ -208,8 +230,7 @@ StepMetrics Trainer::collect() {
   StepScalars scalars{};
   backend_->collect(step.fetch, scalars.data());
   train_loss_ = communicator_.sum(scalar(scalars, Scalar::loss)) / step.counted;
-  stop_if_diverged("loss", train_loss_, step.at.step);
-  stop_if_diverged("gradient norm", scalar(scalars, Scalar::grad_norm), step.at.step);
+  stop_if_diverged(step.at, scalar(scalars, Scalar::grad_norm));
 
   // With two steps under way, the device began this one when it had finished the one before.
   const auto end = std::chrono::steady_clock::now();
@@ -225,7 +246,8 @@ StepMetrics Trainer::collect() {
           .tokens_per_s = tokens_per_s,
           .mfu = peak_flops_per_s_ > 0 ? tokens_per_s * model_.flops_per_token(config_.data.seq_len) / peak_flops_per_s_
                                        : std::nan(""),
-          .memory_bytes = memory_bytes()};
+          .memory_bytes = memory_bytes(),
+          .average_ms = step.average_ms};
 }
 
 Evaluation Trainer::evaluate() {
@@ -256,6 +278,30 @@ void Trainer::snapshot() {
   communicator_.barrier();
 }
 
+/// Writes, evaluates and reports the averages that a step completed.
+void Trainer::finish_averages(StepMetrics& metrics) {
+  for (const std::size_t window : averages_->full()) {
+    const auto begin = std::chrono::steady_clock::now();
+    const FinishedAverage average = averages_->finish(window);
+    if (options_.write_files && communicator_.rank() == 0)
+      save_snapshot(averages_of(config_) / ("window_" + average.name) / checkpoint_name(at_.step),
+                    {average.weights, states_, to_json(config_), config_.data.tokenizer}, at_, DType::f32,
+                    provenance(average));
+    const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
+    metrics.average_ms = metrics.average_ms.value_or(0) + ms.count();
+    if (!valid_ || !average.evaluate) continue;
+    for (std::size_t s = 0; s < device_weights_.count(); ++s) {
+      const Tensor storage = average.weights.storage(s);
+      communicator_.broadcast({static_cast<std::byte*>(storage.data), storage.bytes()});
+    }
+    device_weights_.with(average.weights, [&] { metrics.average_loss.push_back({average.name, evaluate().loss}); });
+    if (outputs_ && outputs_->progress)
+      outputs_->progress->message(fmt::format("average {} at step {}: validation loss {:.4f}", average.name, at_.step,
+                                              metrics.average_loss.back().loss));
+  }
+  collected_ = std::chrono::steady_clock::now();
+}
+
 TrainSummary Trainer::summary() const {
   return {.at = at_,
           .train_loss = train_loss_,
@@ -268,7 +314,8 @@ TrainSummary Trainer::summary() const {
 
 bool Trainer::pauses_after(std::int64_t step) const {
   return step == config_.schedule.total_steps || (valid_ && due(config_.eval.every, step)) ||
-         due(config_.snapshots.every, step) || due(config_.checkpoint.every, step);
+         due(config_.snapshots.every, step) || due(config_.checkpoint.every, step) ||
+         (averages_ && averages_->any_full());
 }
 
 /// Evaluation, log, snapshot and checkpoint of a step; true when it was saved.
@@ -278,6 +325,7 @@ bool Trainer::after_step(StepMetrics& metrics) {
     metrics.valid_loss = valid_loss_ = evaluate().loss;
     collected_ = std::chrono::steady_clock::now();
   }
+  if (averages_ && averages_->any_full()) finish_averages(metrics);
   if (outputs_) outputs_->write(metrics);
   if (due(config_.snapshots.every, step) && snapshot_due_phase(config_, step)) snapshot();
   const bool saves = due(config_.checkpoint.every, step);
@@ -289,6 +337,9 @@ TrainSummary Trainer::run() {
   const std::int64_t total = config_.schedule.total_steps;
   if (options_.write_files && communicator_.rank() == 0)
     outputs_ = std::make_unique<Outputs>(config_, at_.step, options_);
+  // A resumed run judges losses by those before it, as one that never stopped.
+  if (outputs_ && spike_)
+    for (const StepMetrics& before : read_metrics(outputs_->directory / "metrics.jsonl")) (*spike_)(before.loss);
   double rate = published_flops_per_s(*backend_);
   if (backend_->is_host())
     for (const GemmRate& library : bench_gemm(1024, 1024, 1024, 2)) rate = std::max(rate, library.flops_per_s);

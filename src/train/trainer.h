@@ -7,9 +7,11 @@
 #include "graph/executor.h"
 #include "io/dataset.h"
 #include "report/metrics.h"
+#include "train/averages.h"
 #include "train/config.h"
 #include "train/device_memory.h"
 #include "train/evaluator.h"
+#include "train/loss_spike.h"
 #include "train/memory_plan.h"
 #include "train/run_state.h"
 #include "train/train_plan.h"
@@ -37,9 +39,8 @@ struct TrainerOptions {
 
 /// Data-parallel training of one configuration. Every rank makes one; all calls are collective. Not thread-safe.
 ///
-/// error  configuration (exit 2), data (3), memory or disk (4), a loss that is not finite (5: the last checkpoint
-/// stands,
-///        the step is not applied)
+/// error  configuration (exit 2), data (3), memory or disk (4), a Divergence (5: the last checkpoint stands; a step
+///        whose loss is not finite is not applied)
 class Trainer {
  public:
   Trainer(const Config& config, Communicator& communicator, TrainerOptions options = {});
@@ -87,7 +88,8 @@ class Trainer {
   bool after_step(StepMetrics& metrics);
   void save(const char* what);
   void snapshot();
-  void stop_if_diverged(std::string_view what, double value, std::int64_t step) const;
+  void finish_averages(StepMetrics& metrics);
+  void stop_if_diverged(const RunPosition& at, double grad_norm);
   TrainSummary summary() const;
 
   /// A step that the device was given and whose results were not yet collected.
@@ -97,6 +99,7 @@ class Trainer {
     double lr;
     std::size_t fetch;  // of the scalars
     std::chrono::steady_clock::time_point begin;
+    std::optional<double> average_ms;  // that taking its weights held the host up
   };
 
   Config config_;
@@ -119,6 +122,7 @@ class Trainer {
   Executor executor_;
   std::unique_ptr<Replay> replay_;
   std::unique_ptr<Evaluator> evaluator_;
+  std::unique_ptr<Averages> averages_;  // null where none are configured
   std::unique_ptr<Outputs> outputs_;
   RunPosition at_;                  // of the last step launched
   std::vector<Launched> launched_;  // oldest first, at most two
@@ -126,6 +130,7 @@ class Trainer {
   double peak_flops_per_s_ = 0;
   double train_loss_ = 0;
   std::optional<double> valid_loss_;
+  std::optional<LossSpike> spike_;  // asked on the first rank alone
 };
 
 /// The model that a configuration describes: its preset with what it overrides.

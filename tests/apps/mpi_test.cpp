@@ -54,5 +54,21 @@ TEST_CASE("ranks resume bitwise, and an error on the ranks ends the launch with 
   CHECK_THAT(missing.text, ContainsSubstring("no file matches"));
 }
 
+TEST_CASE("ranks share the evaluation of averages that the first one keeps", "[mpi]") {
+  const Workspace at;
+  const std::string train = launch(2) + "train DIR/c.yaml --quiet snapshots.every=2 'averages=[{every: 2, count: 5}]' ";
+  const Outcome outcome = at(train);
+  INFO(outcome.text);
+  REQUIRE(outcome.code == 0);
+  REQUIRE(at("KILN merge DIR/run/snapshots/step_0000002[02468] --out DIR/merged").code == 0);
+  CHECK(at("cmp DIR/merged/model.safetensors DIR/run/averages/window_2x5/step_00000028/model.safetensors").code == 0);
+  const std::vector<StepMetrics> metrics = read_metrics(at.dir / "run/metrics.jsonl");
+  REQUIRE(metrics[27].average_loss.size() == 1);
+  const Outcome alone = at("KILN train DIR/c.yaml --quiet run.dir=DIR/one 'averages=[{every: 2, count: 5}]'");
+  REQUIRE(alone.code == 0);
+  const double one = read_metrics(at.dir / "one/metrics.jsonl")[27].average_loss[0].loss;
+  CHECK(std::abs(metrics[27].average_loss[0].loss / one - 1) < 1e-6);
+}
+
 }  // namespace
 }  // namespace kiln::test

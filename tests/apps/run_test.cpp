@@ -39,6 +39,32 @@ TEST_CASE("train, merge, evaluate, generate, export and report work on one anoth
   CHECK(at("KILN generate DIR/merged --prompt x").code == 3);  // no tokenizer in it
 }
 
+TEST_CASE("averages kept while training are the merges of snapshots, byte for byte, also after kill -9") {
+  const Workspace at;
+  const std::string train =
+      "KILN train DIR/c.yaml --quiet snapshots.every=2 checkpoint.every=3 'averages=[{every: 2, count: 5}]' ";
+  REQUIRE(at(train + "run.dir=DIR/whole").code == 0);
+  const auto found = list_checkpoints(at.dir / "whole/averages/window_2x5");
+  REQUIRE(found.size() == 4);  // steps 10 to 18, 20 to 28, 30 to 38, 40 to 48
+  REQUIRE(checkpoint_step(found[1]) == 28);
+  REQUIRE(at("KILN merge DIR/whole/snapshots/step_0000002[02468] --out DIR/merged").code == 0);
+  CHECK(hash_file(found[1] / "model.safetensors") == hash_file(at.dir / "merged/model.safetensors"));
+  CHECK(hash_file(found[0] / "model.safetensors") != hash_file(at.dir / "merged/model.safetensors"));
+  const Outcome eval = at("KILN eval DIR/whole/averages/window_2x5/step_00000028 --data DIR/train.bin --seq-len 16");
+  CHECK(eval.code == 0);
+  CHECK(read_metrics(at.dir / "whole/metrics.jsonl")[27].average_loss.size() == 1);
+  CHECK(at("KILN report DIR/whole --out DIR/report.html").code == 0);
+  CHECK_THAT(read_text(at.dir / "report.html"), ContainsSubstring("average 2x5"));
+  CHECK_THAT(at("KILN plan DIR/c.yaml 'averages=[{every: 2, count: 5}]'").text,
+             ContainsSubstring("of host memory on the first rank"));
+
+  for (const char* wait : {"0.12", "0.16", "0.2"}) at(train + "& sleep " + std::string(wait) + "; kill -9 $!; wait $!");
+  REQUIRE(at(train).code == 0);
+  for (const fs::path& path : found)
+    CHECK(hash_file(at.dir / "run/averages/window_2x5" / path.filename() / "model.safetensors") ==
+          hash_file(path / "model.safetensors"));
+}
+
 TEST_CASE("predict tells the annealed loss, checks it with a real anneal, and learns from the error") {
   const Workspace at;
   REQUIRE(at("KILN train DIR/c.yaml snapshots.every=2 checkpoint.keep=0 schedule.final_ratio=0 --quiet").code == 0);
@@ -62,6 +88,19 @@ TEST_CASE("predict tells the annealed loss, checks it with a real anneal, and le
   CHECK(read_metrics(anneal / "metrics.jsonl").back().lr == 0.0);
   CHECK(fs::is_regular_file(anneal / "check.json"));
   CHECK_THAT(read_text(at.dir / "run/prediction.html"), ContainsSubstring("Predicted anneals"));
+}
+
+TEST_CASE("predict evaluates where it is told, and a held-out set of one sequence has no interval over sequences") {
+  const Workspace at;
+  REQUIRE(at("KILN train DIR/c.yaml snapshots.every=2 --quiet").code == 0);
+  const Outcome one = at("KILN predict DIR/run --tokens 16");
+  INFO(one.text);
+  REQUIRE(one.code == 0);
+  CHECK_THAT(one.text, ContainsSubstring("16 held-out tokens in 1 sequence, in f32") && !ContainsSubstring("nan"));
+  CHECK(read_json(at.dir / "run/prediction.json").at("low").is_number());
+  const Outcome device = at("KILN predict DIR/run --device gpu");
+  CHECK(device.code == 2);
+  CHECK_THAT(device.text, ContainsSubstring("device 'gpu', expected auto, cpu or cuda"));
 }
 
 TEST_CASE("predict names what a run lacks") {

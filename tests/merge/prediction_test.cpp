@@ -100,6 +100,26 @@ double loss_of(double shift) {
 
 }  // namespace
 
+TEST_CASE("one held-out sequence gives an interval of the predictor's own error, and says so") {
+  const Toy toy;
+  PredictionRequest request = toy.request();
+  request.evaluate = [&] {
+    SequenceLosses losses = toy.evaluate();
+    losses.nats.resize(1);
+    losses.targets.resize(1);
+    return losses;
+  };
+  const Prediction prediction = predict(request);
+  CHECK(std::isfinite(prediction.interval.low));
+  CHECK(prediction.interval.low < prediction.loss);
+  CHECK(prediction.interval.high > prediction.loss);
+  CHECK_THAT(prediction.reason, ContainsSubstring("the held-out set is one sequence"));
+  const std::string text = prediction_text("run", prediction);
+  CHECK_THAT(text, ContainsSubstring("in 1 sequence, in f32") && !ContainsSubstring("nan"));
+  CHECK(Json::parse(to_json(prediction).dump()).at("low").is_number());
+  CHECK_THAT(predict(toy.request()).reason, !ContainsSubstring("one sequence"));
+}
+
 TEST_CASE("a merge in memory has the bits of the file that a merge writes") {
   const TempDirectory temp;
   const LlamaConfig config = tiny_model(50000);  // an embedding that several threads share

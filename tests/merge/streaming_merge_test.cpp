@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/parallel.h"
+#include "core/weighted_sum.h"
 #include "merge/average.h"
 #include "merge_fixture.h"
 

@@ -41,13 +41,16 @@ TEST_CASE("metrics: the line has exactly the agreed keys") {
   m.loss = std::numeric_limits<double>::quiet_NaN();
   m.grad_norm = -std::numeric_limits<double>::infinity();
   m.valid_loss = 3.25;
+  m.average_loss = {{"20x10", 3.125}, {"50x4", std::nan("")}};
+  m.average_ms = 1.5;
   writer.write(m);
   CHECK(slurp(dir.path / "run/metrics.jsonl") ==
         R"({"step": 1, "tokens": 2048, "loss": 10.5, "lr": 1e-05, "grad_norm": 0.1, "step_ms": 12.25, )"
         R"("tokens_per_s": 167183.67, "mfu": 0.5, "memory_bytes": 18446744073709551615})"
         "\n"
         R"({"step": 1, "tokens": 2048, "loss": null, "lr": 1e-05, "grad_norm": null, "step_ms": 12.25, )"
-        R"("tokens_per_s": 167183.67, "mfu": 0.5, "memory_bytes": 18446744073709551615, "valid_loss": 3.25})"
+        R"("tokens_per_s": 167183.67, "mfu": 0.5, "memory_bytes": 18446744073709551615, "valid_loss": 3.25, )"
+        R"("average_loss": {"20x10": 3.125, "50x4": null}, "average_ms": 1.5})"
         "\n");
 }
 
@@ -59,6 +62,8 @@ TEST_CASE("metrics: what is written is read back exactly") {
   m.lr = 5e-324;
   m.valid_loss = std::numeric_limits<double>::max();
   m.mfu = std::numeric_limits<double>::infinity();
+  m.average_loss = {{"20x10", 1.0 / 7}};
+  m.average_ms = 0.1;
   writer.write(m);
   writer.write(metrics_at(4));
   const auto read = read_metrics(dir.path / "metrics.jsonl");
@@ -72,6 +77,11 @@ TEST_CASE("metrics: what is written is read back exactly") {
   CHECK(read[0].tokens_per_s == m.tokens_per_s);
   CHECK(read[0].memory_bytes == m.memory_bytes);
   CHECK(read[0].valid_loss == m.valid_loss);
+  REQUIRE(read[0].average_loss.size() == 1);
+  CHECK(read[0].average_loss[0].window == "20x10");
+  CHECK(read[0].average_loss[0].loss == 1.0 / 7);
+  CHECK(read[0].average_ms == 0.1);
+  CHECK(read[1].average_loss.empty());
   CHECK(std::isnan(read[0].mfu));
   CHECK_FALSE(read[1].valid_loss.has_value());
 }

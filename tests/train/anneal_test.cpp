@@ -79,6 +79,20 @@ TEST_CASE("an anneal falls to its ratio over exactly its steps, and is trained o
   CHECK(fs::last_write_time(last / "model.safetensors") == written);
 }
 
+TEST_CASE("a branch takes no averages and is not rescued") {
+  const Trunk trunk;
+  Config rescued = trunk.config;
+  rescued.averages = {{.every = 2, .count = 2}};
+  rescued.run.on_divergence = OnDivergence::merge;
+  rescued.rescue.spike = 1.5;
+  validate(rescued);
+  const Config config = anneal_config(rescued, trunk.branch(0.1));
+  CHECK(config.averages.empty());
+  CHECK(config.run.on_divergence == OnDivergence::stop);
+  CHECK_FALSE(config.rescue.spike.has_value());
+  CHECK(config.checkpoint.keep == 1);
+}
+
 TEST_CASE("a branch that cannot be is refused") {
   const Trunk trunk;
   AnnealBranch branch = trunk.branch(0.1);

@@ -85,8 +85,7 @@ TEST_CASE("a preset gives the sizes and keys override it") {
 TEST_CASE("settings of the contract that this version lacks are refused by name") {
   const std::string whole = "run: {dir: r}\nmodel: {preset: llama_9m}\ndata: {train: x}\n";
   check_supported(parse(whole));
-  for (const char* setting :
-       {"precision.weights=bf16_sr", "parallel.zero=1"}) {
+  for (const char* setting : {"precision.weights=bf16_sr", "parallel.zero=1"}) {
     INFO(setting);
     CHECK_THROWS_WITH(check_supported(parse(whole, {setting})), ContainsSubstring("not available in this version"));
   }

@@ -1,0 +1,79 @@
+#include "apps/rescue.h"
+
+#include <algorithm>
+
+#include "base/log.h"
+#include "io/checkpoint.h"
+#include "merge/streaming_merge.h"
+
+namespace kiln {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// The newest `rescue.checkpoints` from before the step, oldest first.
+std::vector<fs::path> checkpoints_before(const Config& config, std::int64_t step) {
+  std::vector<fs::path> found = list_checkpoints(config.run.dir);
+  std::erase_if(found, [&](const fs::path& path) { return checkpoint_step(path).value_or(step) >= step; });
+  return select_checkpoints(found, static_cast<std::size_t>(config.rescue.checkpoints), 1);
+}
+
+bool is_floating(DType dtype) {
+  return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16 || dtype == DType::f16;
+}
+
+/// Neither moments in the basis of a projector, over its refreshes, nor quantised ones have a mean.
+OptimizerStateMerge state_merge(const fs::path& checkpoint) {
+  for (const fs::directory_entry& entry : fs::directory_iterator(checkpoint)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with("optimizer-") || !name.ends_with(".safetensors")) continue;
+    const SafetensorsReader states(entry.path());
+    if (std::ranges::any_of(states.entries(), [](const SafetensorEntry& state) {
+          return state.name.ends_with(".projector") || !is_floating(state.dtype);
+        }))
+      return OptimizerStateMerge::keep_last;
+  }
+  return OptimizerStateMerge::average;
+}
+
+void merge_before(const Config& config, const Divergence& divergence, const std::vector<fs::path>& checkpoints,
+                  const fs::path& out) {
+  const RunPosition& at = divergence.at();
+  const std::int64_t position = at.position + (config.rescue.skip - 1) * config.batch.sequences;
+  const OptimizerStateMerge states = state_merge(checkpoints.back());
+  MergeOptions options;
+  options.inputs = checkpoints;
+  options.output = out;
+  options.optimizer_state = states;
+  options.state = {{"data_position", position},
+                   {"rescues", at.rescues + 1},
+                   {"rescued_from", {{"step", at.step}, {"reason", divergence.what()}}}};
+  merge_checkpoints(options);
+  log_warning("{}", divergence.what());
+  log_warning(
+      "rescue {} of {}: {} is the mean of {} checkpoint{}, steps {} to {}, with optimizer states {}; training goes on "
+      "after step {} at sample {}, behind the offending batch",
+      at.rescues + 1, config.rescue.limit, out.string(), checkpoints.size(), checkpoints.size() == 1 ? "" : "s",
+      checkpoint_step(checkpoints.front()).value(), checkpoint_step(checkpoints.back()).value(),
+      states == OptimizerStateMerge::average ? "averaged" : "of the newest",
+      checkpoint_step(checkpoints.back()).value(), position);
+}
+
+}  // namespace
+
+fs::path rescue(const Config& config, const Divergence& divergence, Communicator& communicator) {
+  const RunPosition& at = divergence.at();
+  if (at.rescues >= config.rescue.limit)
+    fail(ExitCode::diverged, "{}; no rescue is left of {} (rescue.limit)", divergence.what(), config.rescue.limit);
+  std::vector<fs::path> checkpoints;
+  if (communicator.rank() == 0) checkpoints = checkpoints_before(config, at.step);
+  if (communicator.maximum(static_cast<double>(checkpoints.size())) == 0)
+    fail(ExitCode::diverged, "{}; there is no checkpoint from before to merge (checkpoint.every: {})",
+         divergence.what(), config.checkpoint.every);
+  const fs::path out = fs::path(config.run.dir) / fmt::format("rescue_{:08}", at.step);
+  if (communicator.rank() == 0) merge_before(config, divergence, checkpoints, out);
+  communicator.barrier();
+  return out;
+}
+
+}  // namespace kiln
