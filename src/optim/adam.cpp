@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "base/rng.h"
-#include "core/parallel.h"
 
 namespace kiln {
 namespace {
@@ -11,20 +10,18 @@ namespace {
 class AdamW final : public Optimizer {
  public:
   explicit AdamW(const OptimizerOptions& o)
-      : options_{.beta1 = o.beta1,
-                 .beta2 = o.beta2,
-                 .eps = o.eps,
-                 .weight_decay = o.weight_decay,
-                 .form = AdamForm::pytorch,
-                 .seed = o.seed} {}
-  std::string_view name() const override { return "adamw"; }
-  std::vector<StateSpec> states(const Parameter& parameter) const override { return AdamUpdate::states(parameter); }
+      : options_(adam_options(o, AdamForm::pytorch, o.states)), name_(to_string(o.kind)) {}
+  std::string_view name() const override { return name_; }
+  std::vector<StateSpec> states(const Parameter& parameter) const override {
+    return AdamUpdate::states(parameter, options_);
+  }
   OpPtr update_op(const Parameter& parameter) const override {
     return std::make_shared<AdamUpdate>(parameter, options_);
   }
 
  private:
   AdamUpdate::Options options_;
+  std::string_view name_;
 };
 
 /// Of one step, in the weights' type.
@@ -45,18 +42,35 @@ void update_range(const Coefficients<T> c, std::int64_t n, const T* __restrict g
   }
 }
 
+Moments moments_of(const Parameter& parameter, StatePrecision precision, const AdamUpdate::Options& o) {
+  return Moments(parameter, parameter.shape,
+                 {.beta1 = o.beta1,
+                  .beta2 = o.beta2,
+                  .eps = o.eps,
+                  .precision = stored_precision(parameter, precision),
+                  .seed = o.seed});
+}
+
 }  // namespace
 
-std::vector<StateSpec> AdamUpdate::states(const Parameter& parameter) {
-  const TensorSpec spec{parameter.shape, DType::f32};
-  return {{"exp_avg", spec}, {"exp_avg_sq", spec}};
+AdamUpdate::AdamUpdate(Parameter parameter, const Options& options)
+    : UpdateOp(std::move(parameter)),
+      options_(options),
+      moments_(moments_of(this->parameter(), options.states, options)) {}
+
+std::vector<StateSpec> AdamUpdate::states(const Parameter& parameter, StatePrecision precision) {
+  std::vector<StateSpec> list;
+  moments_of(parameter, precision, {}).append_specs(list);
+  return list;
 }
 
 std::uint64_t AdamUpdate::stream() const { return stream_of(parameter().name.c_str()); }
 
 Cost AdamUpdate::cost(std::span<const TensorSpec>) const {
   const double n = static_cast<double>(parameter().shape.numel());
-  return {12.0 * n, 28.0 * n};
+  double bytes = 12.0 * n;  // w twice and g
+  for (const StateSpec& state : state_specs()) bytes += 2.0 * static_cast<double>(state.spec.bytes());
+  return {12.0 * n, bytes};
 }
 
 void AdamUpdate::update(const UpdateArgs& args) const {
@@ -78,12 +92,22 @@ void AdamUpdate::update(const UpdateArgs& args) const {
         .after = static_cast<T>(pytorch ? 1.0 : decay)};
     T* w = args.w.as<T>();
     const T* g = args.g.as<T>();
-    T* m = args.states[0].as<T>();
-    T* v = args.states[1].as<T>();
-    parallel_for(args.w.numel(), 1 << 14, [&](std::int64_t begin, std::int64_t end) {
-      update_range(coefficients, end - begin, g + begin, w + begin, m + begin, v + begin);
-    });
+    std::span<const Tensor> states = args.states;
+    moments_.views<T>(states, static_cast<std::int64_t>(step))
+        .for_blocks([&](std::int64_t first, std::int64_t count, T* m, T* v) {
+          update_range(coefficients, count, g + first, w + first, m, v);
+        });
   });
+}
+
+AdamUpdate::Options adam_options(const OptimizerOptions& o, AdamForm form, StatePrecision states) {
+  return {.beta1 = o.beta1,
+          .beta2 = o.beta2,
+          .eps = o.eps,
+          .weight_decay = o.weight_decay,
+          .form = form,
+          .seed = o.seed,
+          .states = states};
 }
 
 std::unique_ptr<Optimizer> make_adamw(const OptimizerOptions& options) { return std::make_unique<AdamW>(options); }

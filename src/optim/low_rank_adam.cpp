@@ -1,198 +1,101 @@
 #include "optim/low_rank_adam.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "base/rng.h"
 #include "core/parallel.h"
 #include "ops/gemm.h"
-#include "optim/adam.h"
-#include "optim/squared_sum.h"
 
 namespace kiln {
 namespace {
 
-constexpr double kNormEps = 1e-8;
+// Sets the random bits of moments that a rotation rounds apart from those of the same step's update.
+constexpr std::int64_t kRotationStep = std::int64_t{1} << 40;
 
-/// Sizes of one matrix: vectors lie along the long side, one factor phi each.
-struct Geometry {
-  std::int64_t m, n, rank;
-  ProjectionSide side;
-
-  Geometry(const Shape& shape, std::int64_t wanted_rank)
-      : m(shape[0]), n(shape[1]), rank(std::min({wanted_rank, m, n})), side(projection_side(shape)) {}
-  bool right() const { return side == ProjectionSide::right; }
-  std::int64_t vectors() const { return right() ? m : n; }
-  std::int64_t short_side() const { return right() ? n : m; }
-  Shape moment_shape() const { return {vectors(), rank}; }
-};
-
-/// sum[v] = squared norm of vector v of a matrix whose vectors are rows or columns, in f64 and a fixed order.
-template <typename T>
-void squared_norms(const T* x, std::int64_t rows, std::int64_t columns, bool vectors_are_rows, double* sum) {
-  if (vectors_are_rows) {
-    parallel_for(rows, 16, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) sum[i] = squared_sum(x + i * columns, columns);
-    });
-    return;
-  }
-  parallel_for(columns, 64, [&](std::int64_t begin, std::int64_t end) {
-    std::fill(sum + begin, sum + end, 0.0);
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t j = begin; j < end; ++j) {
-        const double value = static_cast<double>(x[i * columns + j]);
-        sum[j] += value * value;
-      }
-  });
+StateStore projector_store(const Parameter& parameter, const LowRankAdamUpdate::Options& o) {
+  return StateStore(parameter, {.name = "projector",
+                                .shape = LowRankShape(parameter.shape, o.rank).basis_shape(),
+                                .precision = o.projector_states,
+                                .rounding = StateRounding::nearest,
+                                .seed = o.seed});
 }
-
-/// Scratch of one update, cut from the node's workspace.
-template <typename T>
-struct Scratch {
-  T *projected, *direction, *phi;  // R, then N; [vectors * rank]; phi [vectors]
-  double *r2, *n2, *g2;            // squared norms of the vectors
-
-  Scratch(void* workspace, const Geometry& at) {
-    auto* doubles = static_cast<double*>(workspace);
-    r2 = doubles;
-    n2 = r2 + at.vectors();
-    g2 = n2 + at.vectors();
-    projected = reinterpret_cast<T*>(g2 + at.vectors());
-    direction = projected + at.vectors() * at.rank;
-    phi = direction + at.vectors() * at.rank;
-  }
-  static std::size_t bytes(const Geometry& at) {
-    const auto vectors = static_cast<std::size_t>(at.vectors());
-    return vectors * 3 * sizeof(double) + vectors * (2 * static_cast<std::size_t>(at.rank) + 1) * sizeof(T);
-  }
-};
-
-/// R [vectors,r] = clip * G Q or clip * G' Q.
-template <typename T>
-void project(const Geometry& at, const T* g, const T* q, T clip, T* r) {
-  if (at.right())
-    gemm<T>({.m = at.m,
-             .n = at.rank,
-             .k = at.n,
-             .a = g,
-             .lda = at.n,
-             .b = q,
-             .ldb = at.rank,
-             .c = r,
-             .ldc = at.rank,
-             .alpha = clip});
-  else
-    gemm<T>({.trans_a = Trans::yes,
-             .m = at.n,
-             .n = at.rank,
-             .k = at.m,
-             .a = g,
-             .lda = at.n,
-             .b = q,
-             .ldb = at.rank,
-             .c = r,
-             .ldc = at.rank,
-             .alpha = clip});
+Moments moments_of(const Parameter& parameter, const LowRankAdamUpdate::Options& o) {
+  return Moments(parameter, LowRankShape(parameter.shape, o.rank).moment_shape(),
+                 {.beta1 = o.beta1, .beta2 = o.beta2, .eps = o.eps, .precision = o.states, .seed = o.seed});
 }
-
-/// W += scale * A Q' or scale * Q A'.
-template <typename T>
-void add_projected_back(const Geometry& at, const T* a, const T* q, T scale, T* w) {
-  if (at.right())
-    gemm<T>({.trans_b = Trans::yes,
-             .m = at.m,
-             .n = at.n,
-             .k = at.rank,
-             .a = a,
-             .lda = at.rank,
-             .b = q,
-             .ldb = at.rank,
-             .c = w,
-             .ldc = at.n,
-             .alpha = scale,
-             .beta = 1});
-  else
-    gemm<T>({.trans_b = Trans::yes,
-             .m = at.m,
-             .n = at.n,
-             .k = at.rank,
-             .a = q,
-             .lda = at.rank,
-             .b = a,
-             .ldb = at.rank,
-             .c = w,
-             .ldc = at.n,
-             .alpha = scale,
-             .beta = 1});
-}
-
-class LowRankAdam final : public Optimizer {
- public:
-  explicit LowRankAdam(const OptimizerOptions& o)
-      : name_(to_string(o.kind)),
-        adam_{.beta1 = o.beta1,
-              .beta2 = o.beta2,
-              .eps = o.eps,
-              .weight_decay = o.weight_decay,
-              .form = AdamForm::galore,
-              .seed = o.seed},
-        low_rank_{.beta1 = o.beta1,
-                  .beta2 = o.beta2,
-                  .eps = o.eps,
-                  .weight_decay = o.weight_decay,
-                  .rank = o.rank,
-                  .alpha = o.alpha,
-                  .refresh = o.refresh,
-                  .stagger = o.stagger,
-                  .projector = o.projector,
-                  .residual = o.kind == OptimizerKind::fira ? Residual::scaled : Residual::none,
-                  .variant = o.variant,
-                  .gamma = o.gamma,
-                  .seed = o.seed} {}
-  std::string_view name() const override { return name_; }
-  std::vector<StateSpec> states(const Parameter& parameter) const override {
-    return parameter.low_rank ? LowRankAdamUpdate::states(parameter, low_rank_) : AdamUpdate::states(parameter);
-  }
-  OpPtr update_op(const Parameter& parameter) const override {
-    if (parameter.low_rank) return std::make_shared<LowRankAdamUpdate>(parameter, low_rank_);
-    return std::make_shared<AdamUpdate>(parameter, adam_);
-  }
-
- private:
-  std::string_view name_;
-  AdamUpdate::Options adam_;
-  LowRankAdamUpdate::Options low_rank_;
-};
 
 }  // namespace
 
-LowRankAdamUpdate::LowRankAdamUpdate(Parameter parameter, Options options)
-    : UpdateOp(std::move(parameter)), options_(options) {
-  check(this->parameter().shape.rank() == 2, "{}: shape {}, a low-rank update needs a matrix", this->parameter().name,
-        this->parameter().shape.str());
+/// Cut from the node's workspace. A refresh is done before R is made, so its scratch lies over R and N.
+template <typename T>
+struct LowRankAdamUpdate::Scratch {
+  double *r2, *n2, *g2;      // squared norms of the vectors
+  T* phi;                    // [vectors]
+  T* basis;                  // [short, r], where the stored one is not T
+  T *old, *turn, *turn2;     // rotation: the old basis [short, r], C and C*C [r, r]
+  T *projected, *direction;  // R, then N [vectors, r]
+  T *first, *second;         // rotation: the moments [vectors, r]
+  void* refresh;
+
+  Scratch(void* workspace, const LowRankShape& at, const Options& o, std::size_t* bytes = nullptr) {
+    const std::int64_t vectors = at.vectors(), moments = vectors * at.rank, basis_size = at.short_side() * at.rank;
+    std::size_t used = 0;
+    auto take = [&]<typename U>(U*& pointer, std::int64_t count) {
+      pointer = reinterpret_cast<U*>(static_cast<std::byte*>(workspace) + used);
+      used += (static_cast<std::size_t>(count) * sizeof(U) + 7) / 8 * 8;
+    };
+    take(r2, vectors);
+    take(n2, vectors);
+    take(g2, vectors);
+    take(phi, vectors);
+    take(basis, o.projector_states == StatePrecision::fp32 ? 0 : basis_size);
+    take(old, o.rotate ? basis_size : 0);
+    take(turn, o.rotate ? at.rank * at.rank : 0);
+    take(turn2, o.rotate ? at.rank * at.rank : 0);
+    const std::size_t shared = used;
+    take(projected, moments);
+    take(direction, moments);
+    take(first, o.rotate ? moments : 0);
+    take(second, o.rotate ? moments : 0);
+    refresh = static_cast<std::byte*>(workspace) + shared;
+    if (bytes != nullptr)
+      *bytes = std::max(used, shared + refresh_workspace_bytes({at.m, at.n}, at.rank, dtype_of<T>()));
+  }
+  static std::size_t bytes(const LowRankShape& at, const Options& o) {
+    std::size_t total = 0;
+    Scratch(nullptr, at, o, &total);
+    return total;
+  }
+};
+
+LowRankAdamUpdate::LowRankAdamUpdate(Parameter parameter, const Options& options)
+    : UpdateOp(std::move(parameter)),
+      options_(options),
+      at_(this->parameter().shape, options.rank),
+      projector_(projector_store(this->parameter(), options)),
+      moments_(moments_of(this->parameter(), options)) {
+  check_matrix(this->parameter());
 }
 
 std::string_view LowRankAdamUpdate::name() const {
-  return options_.residual == Residual::scaled ? "fira_update" : "galore_update";
+  if (options_.residual == Residual::none) return "galore_update";
+  return options_.rotate ? "fira_plus_update" : "fira_update";
 }
 
 std::vector<StateSpec> LowRankAdamUpdate::states(const Parameter& parameter, const Options& options) {
-  const Geometry at(parameter.shape, options.rank);
-  std::vector<StateSpec> list{{"projector", {{at.short_side(), at.rank}, DType::f32}},
-                              {"exp_avg", {at.moment_shape(), DType::f32}},
-                              {"exp_avg_sq", {at.moment_shape(), DType::f32}}};
+  std::vector<StateSpec> list;
+  projector_store(parameter, options).append_specs(list);
+  moments_of(parameter, options).append_specs(list);
   if (options.residual == Residual::scaled) list.push_back({"limiter_norm", {{1}, DType::f32}});
   return list;
 }
 
 std::size_t LowRankAdamUpdate::workspace_bytes(std::span<const TensorSpec> in) const {
-  const Geometry at(parameter().shape, options_.rank);
-  return in[0].dtype == DType::f64 ? Scratch<double>::bytes(at) : Scratch<float>::bytes(at);
+  return in[0].dtype == DType::f64 ? Scratch<double>::bytes(at_, options_) : Scratch<float>::bytes(at_, options_);
 }
 
 Cost LowRankAdamUpdate::cost(std::span<const TensorSpec>) const {
-  const Geometry at(parameter().shape, options_.rank);
-  const double elements = static_cast<double>(at.m * at.n), rank = static_cast<double>(at.rank);
+  const double elements = static_cast<double>(at_.m * at_.n), rank = static_cast<double>(at_.rank);
   return {4.0 * elements * rank, (options_.residual == Residual::scaled ? 24.0 : 12.0) * elements};
 }
 
@@ -201,89 +104,140 @@ void LowRankAdamUpdate::update(const UpdateArgs& args) const {
 }
 
 template <typename T>
-void LowRankAdamUpdate::update_as(const UpdateArgs& args) const {
-  const Geometry at(parameter().shape, options_.rank);
-  const double step = scalar(args.scalars, Scalar::step), lr = scalar(args.scalars, Scalar::lr);
-  const double clip = scalar(args.scalars, Scalar::clip_scale);
-  const double rate = lr * std::sqrt(1.0 - std::pow(options_.beta2, step)) / (1.0 - std::pow(options_.beta1, step));
-  const double decay = parameter().decay ? 1.0 - lr * options_.weight_decay : 1.0;
-  const auto step_number = static_cast<std::int64_t>(step);
-  if (refresh_due(schedule(), step_number))
-    refresh_projector(args.g, args.states[0],
-                      {.kind = options_.projector,
-                       .seed = options_.seed,
-                       .stream = stream_of(parameter().name.c_str()),
-                       .cold = step_number == 1});
+const T* LowRankAdamUpdate::basis(const UpdateArgs& args, const StateView<T>& stored, const MomentViews<T>& moments,
+                                  const Scratch<T>& scratch) const {
+  T* q = stored.load_all(scratch.basis);
+  const auto step = static_cast<std::int64_t>(scalar(args.scalars, Scalar::step));
+  if (!refresh_due(schedule(), step)) return q;
+  const bool warm = step > 1;
+  if (options_.rotate && warm) std::copy(q, q + stored.numel(), scratch.old);
+  if (!refresh_projector(args.g, {q, {at_.basis_shape(), dtype_of<T>()}},
+                         {.kind = options_.projector,
+                          .seed = options_.seed,
+                          .stream = stream_of(parameter().name.c_str()),
+                          .cold = !warm},
+                         scratch.refresh))
+    return q;
+  stored.store_all(q);
+  stored.load_all(q);  // as later steps will see it
+  if (options_.rotate && warm) rotate(scratch.old, q, static_cast<double>(step - 1), moments, scratch);
+  return q;
+}
 
-  const Scratch<T> scratch(args.workspace.data, at);
-  T* w = args.w.as<T>();
-  const T* g = args.g.as<T>();
-  const T* q = args.states[0].as<T>();
-  T *m = args.states[1].as<T>(), *v = args.states[2].as<T>();
-  T *r = scratch.projected, *a = scratch.direction, *phi = scratch.phi;
-
-  // R, its moments, and N
-  project(at, g, q, static_cast<T>(clip), r);
-  const T b1 = static_cast<T>(options_.beta1), b2 = static_cast<T>(options_.beta2), eps = static_cast<T>(options_.eps);
-  const T c1 = static_cast<T>(1.0 - options_.beta1), c2 = static_cast<T>(1.0 - options_.beta2);
-  parallel_for(at.vectors() * at.rank, 1 << 14, [&](std::int64_t begin, std::int64_t end) {
+template <typename T>
+void LowRankAdamUpdate::rotate(const T* from, const T* to, double steps_done, const MomentViews<T>& moments,
+                               const Scratch<T>& scratch) const {
+  const std::int64_t r = at_.rank;
+  const T c1 = static_cast<T>(1.0 - std::pow(options_.beta1, steps_done));
+  const T c2 = static_cast<T>(1.0 - std::pow(options_.beta2, steps_done));
+  gemm<T>({.trans_a = Trans::yes,
+           .m = r,
+           .n = r,
+           .k = at_.short_side(),
+           .a = from,
+           .lda = r,
+           .b = to,
+           .ldb = r,
+           .c = scratch.turn,
+           .ldc = r});
+  for (std::int64_t i = 0; i < r * r; ++i) scratch.turn2[i] = scratch.turn[i] * scratch.turn[i];
+  auto turned = [&](const T* x, const T* by, T* to_rows) {
+    gemm<T>({.m = at_.vectors(), .n = r, .k = r, .a = x, .lda = r, .b = by, .ldb = r, .c = to_rows, .ldc = r});
+  };
+  T *mean = scratch.first, *variance = scratch.second;
+  const T *m = moments.first.load_all(mean), *v = moments.second.load_all(variance);
+  parallel_for(at_.vectors() * r, 1 << 14, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      m[i] = b1 * m[i] + c1 * r[i];
-      v[i] = b2 * v[i] + c2 * r[i] * r[i];
-      a[i] = m[i] / (std::sqrt(v[i]) + eps);
+      mean[i] = m[i] / c1;
+      variance[i] = v[i] / c2 - mean[i] * mean[i];
     }
   });
-  if (options_.residual == Residual::none) {
-    add_projected_back(at, a, q, static_cast<T>(-rate * options_.alpha), w);
-    if (decay == 1.0) return;
-    parallel_for(at.m * at.n, 1 << 14, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) w[i] *= static_cast<T>(decay);
-    });
-    return;
-  }
-
-  // phi, ||S|| and the limiter
-  squared_norms(r, at.vectors(), at.rank, true, scratch.r2);
-  squared_norms(a, at.vectors(), at.rank, true, scratch.n2);
-  squared_norms(g, at.m, at.n, at.right(), scratch.g2);
-  const double k = options_.variant == FiraVariant::paper ? 1.0 : options_.alpha;
-  double s2 = 0;
-  for (std::int64_t i = 0; i < at.vectors(); ++i) {
-    const double factor = std::sqrt(scratch.n2[i]) / (std::sqrt(scratch.r2[i]) + kNormEps);
-    const double rest = clip * clip * scratch.g2[i] - (2 * k - k * k) * scratch.r2[i];
-    s2 += factor * factor * std::max(0.0, rest);
-    phi[i] = static_cast<T>(factor);
-  }
-  T& previous = *args.states[3].as<T>();
-  const double norm = std::sqrt(s2), prev = static_cast<double>(previous);
-  const double limit = prev > 0 ? std::max(norm / (prev + kNormEps), options_.gamma) / options_.gamma : 1.0;
-  previous = static_cast<T>(norm / limit);
-
-  // A = N - c phi R onto W through Q, and c phi G in one pass. In both variants A is scaled by alpha.
-  for (std::int64_t i = 0; i < at.vectors(); ++i) phi[i] = static_cast<T>(static_cast<double>(phi[i]) / limit);
-  parallel_for(at.vectors(), 16, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i)
-      for (std::int64_t e = i * at.rank; e < (i + 1) * at.rank; ++e) a[e] -= phi[i] * r[e];
-  });
-  add_projected_back(at, a, q, static_cast<T>(-rate * options_.alpha), w);
-  const double scale = options_.variant == FiraVariant::paper ? rate * options_.alpha : rate;
-  const T outside = static_cast<T>(scale * clip), keep = static_cast<T>(decay);
-  parallel_for(at.m, 16, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      T* row = w + i * at.n;
-      const T* grad = g + i * at.n;
-      if (at.right()) {
-        const T factor = outside * phi[i];
-        for (std::int64_t j = 0; j < at.n; ++j) row[j] = keep * (row[j] - factor * grad[j]);
-      } else {
-        for (std::int64_t j = 0; j < at.n; ++j) row[j] = keep * (row[j] - outside * phi[j] * grad[j]);
-      }
+  turned(mean, scratch.turn, scratch.projected);
+  turned(variance, scratch.turn2, scratch.direction);
+  moments.for_blocks([&](std::int64_t first, std::int64_t n, T* new_m, T* new_v) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      const T average = scratch.projected[first + i];
+      new_m[i] = c1 * average;
+      new_v[i] = c2 * std::abs(scratch.direction[first + i] + average * average);
     }
   });
 }
 
-std::unique_ptr<Optimizer> make_low_rank_adam(const OptimizerOptions& options) {
-  return std::make_unique<LowRankAdam>(options);
+template <typename T>
+void LowRankAdamUpdate::make_phi(const UpdateArgs& args, const Scratch<T>& scratch, double clip, T& previous) const {
+  squared_norms_of_rows(at_.vectors(), at_.rank, scratch.projected, scratch.r2);
+  squared_norms_of_rows(at_.vectors(), at_.rank, scratch.direction, scratch.n2);
+  squared_norms_of_matrix(at_, args.g.as<T>(), scratch.g2);
+  const double k = options_.variant == FiraVariant::paper ? 1.0 : options_.alpha;
+  double s2 = 0;
+  for (std::int64_t i = 0; i < at_.vectors(); ++i) {
+    const double factor = step_factor(scratch.n2[i], scratch.r2[i]);
+    const double rest = clip * clip * scratch.g2[i] - (2 * k - k * k) * scratch.r2[i];
+    s2 += factor * factor * std::max(0.0, rest);
+    scratch.phi[i] = static_cast<T>(factor);
+  }
+  const double limit = limit_growth(std::sqrt(s2), options_.gamma, previous);
+  for (std::int64_t i = 0; i < at_.vectors(); ++i)
+    scratch.phi[i] = static_cast<T>(static_cast<double>(scratch.phi[i]) / limit);
+}
+
+template <typename T>
+void LowRankAdamUpdate::update_as(const UpdateArgs& args) const {
+  const double step = scalar(args.scalars, Scalar::step), lr = scalar(args.scalars, Scalar::lr);
+  const double clip = scalar(args.scalars, Scalar::clip_scale), rate = moments_.rate(lr, step);
+  const T keep = static_cast<T>(parameter().decay ? 1.0 - lr * options_.weight_decay : 1.0);
+  const Scratch<T> scratch(args.workspace.data, at_, options_);
+  std::span<const Tensor> states = args.states;
+  const StateView<T> stored = projector_.view<T>(states, static_cast<std::int64_t>(step));
+  std::span<const Tensor> same = states;
+  const MomentViews<T> turning = moments_.views<T>(same, static_cast<std::int64_t>(step) + kRotationStep);
+  const MomentViews<T> moments = moments_.views<T>(states, static_cast<std::int64_t>(step));
+  T* w = args.w.as<T>();
+  const T* g = args.g.as<T>();
+  const T* q = basis(args, stored, turning, scratch);
+  T *r = scratch.projected, *a = scratch.direction;
+
+  project(at_, g, q, static_cast<T>(clip), r);
+  moments_.advance(moments, r, a);
+  const T inside = static_cast<T>(-rate * options_.alpha);
+  if (options_.residual == Residual::none) {
+    add_projected_back(at_, a, q, inside, w);
+    scale_weights(at_.m * at_.n, keep, w);
+    return;
+  }
+  make_phi(args, scratch, clip, *states[0].as<T>());
+  // A = N - c phi R onto W through Q, and c phi G in one pass. In both variants A is scaled by alpha.
+  const T* phi = scratch.phi;
+  parallel_for(at_.vectors(), 16, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i)
+      for (std::int64_t e = i * at_.rank; e < (i + 1) * at_.rank; ++e) a[e] -= phi[i] * r[e];
+  });
+  add_projected_back(at_, a, q, inside, w);
+  const double scale = options_.variant == FiraVariant::paper ? rate * options_.alpha : rate;
+  subtract_scaled(at_, g, phi, static_cast<T>(scale * clip), keep, w);
+}
+
+std::unique_ptr<Optimizer> make_low_rank_adam(const OptimizerOptions& o) {
+  const bool plus = o.kind == OptimizerKind::fira_plus;
+  return std::make_unique<SplitOptimizer<LowRankAdamUpdate>>(
+      o.kind,
+      LowRankAdamUpdate::Options{.beta1 = o.beta1,
+                                 .beta2 = o.beta2,
+                                 .eps = o.eps,
+                                 .weight_decay = o.weight_decay,
+                                 .rank = o.rank,
+                                 .alpha = o.alpha,
+                                 .refresh = o.refresh,
+                                 .stagger = o.stagger,
+                                 .projector = o.projector,
+                                 .residual = o.kind == OptimizerKind::galore ? Residual::none : Residual::scaled,
+                                 .variant = o.variant,
+                                 .gamma = o.gamma,
+                                 .seed = o.seed,
+                                 .states = o.states,
+                                 .projector_states = o.projector_states,
+                                 .rotate = plus},
+      adam_options(o, AdamForm::galore, plus ? StatePrecision::int8 : o.states));
 }
 
 }  // namespace kiln

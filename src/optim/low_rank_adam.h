@@ -1,6 +1,5 @@
 #pragma once
-#include "optim/optimizer.h"
-#include "optim/projector.h"
+#include "optim/low_rank.h"
 
 namespace kiln {
 
@@ -22,11 +21,18 @@ enum class Residual {
 /// Rows of the residual are orthogonal to Q, so ||S_i||^2 = phi_i^2 (||G_i||^2 - (2k-k^2)||R_i||^2) with k = 1 or alpha
 /// needs no S, and the update is one skinny GEMM onto W and one pass.
 ///
+/// With `rotate` (the project's Fira+) the moments follow the basis at a warm refresh. With C = Q_old' Q_new,
+///   m <- m C,   v <- (1-b2^(t-1)) |(v^ - m^^2) (C*C) + (m^ C)^2|,   m^ = m/(1-b1^(t-1)), v^ = v/(1-b2^(t-1)),
+/// squares and C*C element by element: the variance turns with the squares of C, the mean with C, as in LDAdam.
+///
 /// states projector [min(m,n),r], exp_avg and exp_avg_sq [max(m,n),r] on either side, so that the r numbers of a row or
-///        column lie together, and for Fira limiter_norm [1] (0: none yet)
+///        column lie together, each as state_codec.h stores it, and for Fira limiter_norm [1] (0: none yet). A
+///        projector that is not fp32 is rounded to nearest, and used as it is stored; the identity above then holds as
+///        far as it is orthonormal
 /// floor  24 bytes a parameter in f32 and 4 m n r FLOPs: G read for R and its norms, then for the pass; W read and
 ///        written by the GEMM and by the pass. The CPU kernel reads G once more for the norms: 28. GaLore: 12
-/// paper  GaLore: Zhao et al. 2024, arXiv:2403.03507. Fira: Chen et al. 2024, arXiv:2410.01623
+/// paper  GaLore: Zhao et al. 2024, arXiv:2403.03507. Fira: Chen et al. 2024, arXiv:2410.01623. LDAdam: Robert et al.
+///        2024, arXiv:2410.16103
 class LowRankAdamUpdate final : public UpdateOp {
  public:
   struct Options {
@@ -40,8 +46,10 @@ class LowRankAdamUpdate final : public UpdateOp {
     FiraVariant variant;
     double gamma;
     std::uint64_t seed;
+    StatePrecision states = StatePrecision::fp32, projector_states = StatePrecision::fp32;
+    bool rotate = false;  // moments into the new basis at a refresh
   };
-  LowRankAdamUpdate(Parameter parameter, Options options);
+  LowRankAdamUpdate(Parameter parameter, const Options& options);
   std::string_view name() const override;
   std::size_t workspace_bytes(std::span<const TensorSpec> in) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
@@ -56,12 +64,28 @@ class LowRankAdamUpdate final : public UpdateOp {
 
  private:
   template <typename T>
+  struct Scratch;
+  template <typename T>
   void update_as(const UpdateArgs& args) const;
+  /// The basis of this step [min(m,n),r], after a refresh where one is due.
+  template <typename T>
+  const T* basis(const UpdateArgs& args, const StateView<T>& stored, const MomentViews<T>& moments,
+                 const Scratch<T>& scratch) const;
+  template <typename T>
+  void rotate(const T* from, const T* to, double steps_done, const MomentViews<T>& moments,
+              const Scratch<T>& scratch) const;
+  /// scratch.phi: phi over the limiter's divisor.
+  template <typename T>
+  void make_phi(const UpdateArgs& args, const Scratch<T>& scratch, double clip, T& previous) const;
 
   Options options_;
+  LowRankShape at_;
+  StateStore projector_;
+  Moments moments_;
 };
 
-/// GaLore or Fira on the layers' linear weights, Adam (GaLore's form) on the rest.
+/// GaLore, Fira or Fira+ on the layers' linear weights, Adam (GaLore's form) on the rest; with Fira+ its states of
+/// embedding and head are int8.
 std::unique_ptr<Optimizer> make_low_rank_adam(const OptimizerOptions& options);
 
 }  // namespace kiln

@@ -4,7 +4,10 @@
 #include <cmath>
 
 #include "optim/adam.h"
+#include "optim/apollo.h"
+#include "optim/lora.h"
 #include "optim/low_rank_adam.h"
+#include "optim/muon.h"
 
 namespace kiln {
 namespace {
@@ -13,8 +16,16 @@ struct NamedKind {
   std::string_view name;
   OptimizerKind kind;
 };
-constexpr std::array<NamedKind, 3> kKinds{
-    {{"adamw", OptimizerKind::adamw}, {"galore", OptimizerKind::galore}, {"fira", OptimizerKind::fira}}};
+constexpr std::array<NamedKind, 10> kKinds{{{"adamw", OptimizerKind::adamw},
+                                            {"adam8bit", OptimizerKind::adam8bit},
+                                            {"galore", OptimizerKind::galore},
+                                            {"fira", OptimizerKind::fira},
+                                            {"fira+", OptimizerKind::fira_plus},
+                                            {"apollo", OptimizerKind::apollo},
+                                            {"apollo_mini", OptimizerKind::apollo_mini},
+                                            {"muon", OptimizerKind::muon},
+                                            {"lora", OptimizerKind::lora},
+                                            {"relora", OptimizerKind::relora}}};
 
 void check_options(const OptimizerOptions& o) {
   auto fraction = [](std::string_view key, double value) {
@@ -24,15 +35,16 @@ void check_options(const OptimizerOptions& o) {
   fraction("beta2", o.beta2);
   check(o.eps > 0, "optimizer.eps: {}, expected a positive number", o.eps);
   check(o.weight_decay >= 0, "optimizer.weight_decay: {}, expected at least 0", o.weight_decay);
-  for (const StatePrecision states : {o.states, o.projector_states})
-    check(
-        states == StatePrecision::fp32,
-        "optimizer.states and optimizer.projector_states other than fp32 are not available in this version; use fp32");
   if (o.kind == OptimizerKind::adamw) return;
+  check(o.kind != OptimizerKind::adam8bit || o.states == StatePrecision::int8,
+        "optimizer.kind: adam8bit has int8 states; leave optimizer.states out, or use kind adamw");
+  if (o.kind == OptimizerKind::adam8bit) return;
+  if (o.kind == OptimizerKind::muon) return fraction("momentum", o.momentum);
   check(o.rank >= 1, "optimizer.rank: {}, expected at least 1", o.rank);
   check(o.refresh >= 1, "optimizer.refresh: {}, expected at least 1", o.refresh);
   check(o.alpha > 0, "optimizer.alpha: {}, expected a positive number", o.alpha);
   check(o.gamma >= 1, "optimizer.gamma: {}, expected at least 1", o.gamma);
+  check(o.rewarm >= 0, "optimizer.rewarm: {}, expected at least 0", o.rewarm);
 }
 
 }  // namespace
@@ -58,7 +70,9 @@ std::vector<TensorSpec> UpdateOp::infer(std::span<const TensorSpec> in) const {
         storage.str());
   for (std::size_t s = 0; s < states.size(); ++s) {
     const TensorSpec& found = in[3 + s];
-    const TensorSpec expected{states[s].spec.shape, in[0].dtype == DType::f64 ? DType::f64 : states[s].spec.dtype};
+    const DType dtype = states[s].spec.dtype;
+    const TensorSpec expected{states[s].spec.shape,
+                              in[0].dtype == DType::f64 && dtype == DType::f32 ? DType::f64 : dtype};
     check(found == expected, "{}.{}: {} {}, expected {} {}", parameter_.name, states[s].name, to_string(found.dtype),
           found.shape.str(), to_string(expected.dtype), expected.shape.str());
   }
@@ -98,12 +112,58 @@ std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options) {
   check_options(options);
   switch (options.kind) {
     case OptimizerKind::adamw:
+    case OptimizerKind::adam8bit:
       return make_adamw(options);
     case OptimizerKind::galore:
     case OptimizerKind::fira:
+    case OptimizerKind::fira_plus:
       return make_low_rank_adam(options);
+    case OptimizerKind::apollo:
+    case OptimizerKind::apollo_mini:
+      return make_apollo(options);
+    case OptimizerKind::muon:
+      return make_muon(options);
+    case OptimizerKind::lora:
+    case OptimizerKind::relora:
+      return make_lora(options);
   }
   fail(ExitCode::usage, "unknown optimizer kind {}", static_cast<int>(options.kind));
+}
+
+OptimizerDefaults optimizer_defaults(OptimizerKind kind) {
+  switch (kind) {
+    case OptimizerKind::adamw:
+    case OptimizerKind::muon:
+      break;
+    case OptimizerKind::adam8bit:
+      return {.states = StatePrecision::int8};
+    case OptimizerKind::galore:
+    case OptimizerKind::fira:
+    case OptimizerKind::fira_plus:
+      return {.eps = 1e-6};
+    case OptimizerKind::apollo:
+      return {.eps = 1e-6, .alpha = 1};
+    case OptimizerKind::apollo_mini:
+      return {.eps = 1e-6, .alpha = 128};
+    case OptimizerKind::lora:
+    case OptimizerKind::relora:
+      return {.alpha = 32};
+  }
+  return {};
+}
+
+bool has_rank(OptimizerKind kind) {
+  switch (kind) {
+    case OptimizerKind::galore:
+    case OptimizerKind::fira:
+    case OptimizerKind::fira_plus:
+    case OptimizerKind::apollo:
+    case OptimizerKind::lora:
+    case OptimizerKind::relora:
+      return true;
+    default:
+      return false;
+  }
 }
 
 std::vector<OptimizerKind> optimizer_kinds() {
@@ -119,6 +179,18 @@ OptimizerKind parse_optimizer_kind(std::string_view name) {
     known += fmt::format("{}{}", known.empty() ? "" : ", ", kind.name);
   }
   fail(ExitCode::usage, "optimizer.kind: '{}' is not known; choose one of {}", name, known);
+}
+
+std::string_view to_string(StatePrecision precision) {
+  switch (precision) {
+    case StatePrecision::fp32:
+      return "fp32";
+    case StatePrecision::bf16:
+      return "bf16";
+    case StatePrecision::int8:
+      return "int8";
+  }
+  return "unknown";
 }
 
 std::string_view to_string(OptimizerKind kind) {

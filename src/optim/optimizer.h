@@ -8,17 +8,19 @@
 
 namespace kiln {
 
-enum class OptimizerKind { adamw, galore, fira };
+enum class OptimizerKind { adamw, adam8bit, galore, fira, fira_plus, apollo, apollo_mini, muon, lora, relora };
 enum class FiraVariant { paper, reference };
 enum class ProjectorKind { power, svd };
 /// How a state is stored; what a step computes from it is f32.
 enum class StatePrecision { fp32, bf16, int8 };
+/// What an orthogonalised step is multiplied by (optim/muon.h).
+enum class MuonScale { match_rms, spectral };
 
 struct OptimizerOptions {
   OptimizerKind kind = OptimizerKind::adamw;
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.0;
   std::int64_t rank = 128;     // low-rank members
-  double alpha = 0.25;         // scale of the low-rank update
+  double alpha = 0.25;         // scale of the low-rank update; each member's header says how it enters
   std::int64_t refresh = 200;  // steps between two projector refreshes
   ProjectorKind projector = ProjectorKind::power;
   FiraVariant variant = FiraVariant::paper;
@@ -26,7 +28,10 @@ struct OptimizerOptions {
   StatePrecision states = StatePrecision::fp32;            // moments
   StatePrecision projector_states = StatePrecision::fp32;  // the basis of the subspace
   bool stagger = true;     // refreshes of the matrices spread over the interval (optim/projector.h)
-  std::uint64_t seed = 1;  // cold start of the projector, stochastic rounding
+  double momentum = 0.95;  // Muon
+  MuonScale muon_scale = MuonScale::match_rms;
+  std::int64_t rewarm = 50;  // ReLoRA: steps of the warm-up after a restart
+  std::uint64_t seed = 1;    // cold start of the projector, stochastic rounding
 };
 
 /// One state tensor of one parameter: allocated, counted, saved, loaded and broadcast by the same list.
@@ -61,7 +66,7 @@ class UpdateOp : public Op {
  protected:
   /// W and its states after one step; the gradient may be used as scratch.
   virtual void update(const UpdateArgs& args) const = 0;
-  /// The states it is given, in order; the kernel reads and writes them in the dtype of w.
+  /// The states it is given, in order; with f64 weights, those of f32 are f64.
   virtual std::vector<StateSpec> state_specs() const = 0;
 
  private:
@@ -83,9 +88,19 @@ class Optimizer {
 /// The factory: one line a member. A usage Error for options out of range.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options);
 
+/// What a member takes where a configuration says nothing: the published settings.
+struct OptimizerDefaults {
+  double eps = 1e-8, alpha = 0.25;
+  StatePrecision states = StatePrecision::fp32;
+};
+OptimizerDefaults optimizer_defaults(OptimizerKind kind);
+/// Whether `rank` is a choice of the member.
+bool has_rank(OptimizerKind kind);
+
 /// Every member of the family.
 std::vector<OptimizerKind> optimizer_kinds();
 OptimizerKind parse_optimizer_kind(std::string_view name);
 std::string_view to_string(OptimizerKind kind);
+std::string_view to_string(StatePrecision precision);
 
 }  // namespace kiln

@@ -2,10 +2,14 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "base/rng.h"
+#include "core/parallel.h"
 #include "ops/gemm.h"
+#include "optim/orthonormal.h"
 
 namespace kiln {
 namespace {
@@ -15,48 +19,58 @@ template <typename T>
 using RowMatrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr std::int64_t kOversampling = 8;
-constexpr int kPowerPasses = 2;
+constexpr int kPowerPasses = 3;
 
-/// y = G (G' x) on the shorter side: x and y are [short, columns].
+/// x <- G (G' x) on the shorter side: x [short, columns], inner [long, columns].
 template <typename T>
-RowMatrix<T> apply_gram(const Tensor& g, const RowMatrix<T>& x) {
-  const std::int64_t m = g.shape()[0], n = g.shape()[1], columns = x.cols();
+void apply_gram(const Tensor& g, std::int64_t columns, T* x, T* inner) {
+  const std::int64_t m = g.shape()[0], n = g.shape()[1];
   const bool right = projection_side(g.shape()) == ProjectionSide::right;
   const T* data = g.as<T>();
-  RowMatrix<T> inner(right ? m : n, columns), y(x.rows(), columns);
-  const Trans first = right ? Trans::no : Trans::yes, second = right ? Trans::yes : Trans::no;
-  gemm<T>({.trans_a = first,
-           .m = inner.rows(),
+  gemm<T>({.trans_a = right ? Trans::no : Trans::yes,
+           .m = right ? m : n,
            .n = columns,
-           .k = x.rows(),
+           .k = right ? n : m,
            .a = data,
            .lda = n,
-           .b = x.data(),
+           .b = x,
            .ldb = columns,
-           .c = inner.data(),
+           .c = inner,
            .ldc = columns});
-  gemm<T>({.trans_a = second,
-           .m = y.rows(),
+  gemm<T>({.trans_a = right ? Trans::yes : Trans::no,
+           .m = right ? n : m,
            .n = columns,
-           .k = inner.rows(),
+           .k = right ? m : n,
            .a = data,
            .lda = n,
-           .b = inner.data(),
+           .b = inner,
            .ldb = columns,
-           .c = y.data(),
+           .c = x,
            .ldc = columns});
-  return y;
 }
 
-/// Orthonormal basis of the columns, each column's sign such that it points along the column it came from.
+/// kPowerPasses times x <- orth(G (G' x)) on the shorter side; x [short, columns]. The workspace holds what
+/// power_workspace_bytes counts.
 template <typename T>
-RowMatrix<T> orthonormal(const RowMatrix<T>& y) {
-  const Eigen::HouseholderQR<Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>> qr(y);
-  Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic> q =
-      qr.householderQ() * Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>::Identity(y.rows(), y.cols());
-  for (Eigen::Index j = 0; j < y.cols(); ++j)
-    if (qr.matrixQR()(j, j) < T(0)) q.col(j) = -q.col(j);
-  return q;
+void power_passes(const Tensor& g, std::int64_t columns, T* x, void* workspace) {
+  const bool right = projection_side(g.shape()) == ProjectionSide::right;
+  const std::int64_t m = g.shape()[0], n = g.shape()[1], side = right ? n : m;
+  auto* wide = static_cast<double*>(workspace);
+  double* factor = wide + side * columns;
+  T* inner = reinterpret_cast<T*>(factor + orthonormal_workspace(columns));
+  for (int pass = 0; pass < kPowerPasses; ++pass) {
+    apply_gram(g, columns, x, inner);
+    std::copy(x, x + side * columns, wide);
+    orthonormalise(side, columns, wide, factor);
+    std::copy(wide, wide + side * columns, x);
+  }
+}
+
+template <typename T>
+std::size_t power_workspace_bytes(const Shape& shape, std::int64_t columns) {
+  const std::int64_t side = std::min(shape[0], shape[1]), length = std::max(shape[0], shape[1]);
+  return sizeof(double) * static_cast<std::size_t>(side * columns + orthonormal_workspace(columns)) +
+         sizeof(T) * static_cast<std::size_t>(length * columns);
 }
 
 template <typename T>
@@ -66,11 +80,25 @@ RowMatrix<T> cold_basis(const Tensor& g, std::int64_t side, std::int64_t rank, c
   RowMatrix<T> x(side, width);
   for (Eigen::Index i = 0; i < x.size(); ++i)
     x.data()[i] = static_cast<T>(random.normal(static_cast<std::uint64_t>(i)));
-  for (int pass = 0; pass < kPowerPasses; ++pass) x = orthonormal<T>(apply_gram(g, x));
+  const Buffer workspace(power_workspace_bytes<T>(g.shape(), width), "the projector's cold start");
+  power_passes<T>(g, width, x.data(), workspace.data());
   // Rayleigh-Ritz: the best `rank` directions within the range found.
-  const RowMatrix<T> small = x.transpose() * apply_gram(g, x);
+  RowMatrix<T> y = x;
+  apply_gram<T>(g, width, y.data(), reinterpret_cast<T*>(workspace.data()));
+  const RowMatrix<T> small = x.transpose() * y;
   const Eigen::SelfAdjointEigenSolver<MatrixD> ritz(((small + small.transpose()) / T(2)).template cast<double>());
   return x * ritz.eigenvectors().rightCols(rank).rowwise().reverse().template cast<T>();
+}
+
+template <typename T>
+bool all_finite(const T* x, std::int64_t n) {
+  std::atomic<bool> finite{true};
+  parallel_for(n, 1 << 16, [&](std::int64_t begin, std::int64_t end) {
+    int bad = 0;
+    for (std::int64_t i = begin; i < end; ++i) bad |= !(std::abs(x[i]) <= std::numeric_limits<T>::max());
+    if (bad != 0) finite = false;
+  });
+  return finite;
 }
 
 template <typename T>
@@ -102,21 +130,22 @@ RefreshSchedule refresh_schedule(const Parameter& parameter, std::int64_t interv
   return {.interval = interval, .offset = stagger ? parameter.low_rank_index * interval / parameter.low_rank_count : 0};
 }
 
-void refresh_projector(const Tensor& g, const Tensor& q, const RefreshOptions& options) {
+std::size_t refresh_workspace_bytes(const Shape& shape, std::int64_t rank, DType dtype) {
+  return visit_real(dtype, [&]<typename T>() { return power_workspace_bytes<T>(shape, rank); });
+}
+
+bool refresh_projector(const Tensor& g, const Tensor& q, const RefreshOptions& options, void* workspace) {
   const std::int64_t side = q.shape()[0], rank = q.shape()[1];
-  visit_real(g.dtype(), [&]<typename T>() {
+  return visit_real(g.dtype(), [&]<typename T>() {
+    if (!all_finite(g.as<T>(), g.numel())) return false;
     Eigen::Map<RowMatrix<T>> basis(q.as<T>(), side, rank);
-    const Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>> flat(g.as<T>(), g.numel());
-    if (!flat.isFinite().all()) return;
-    if (options.kind == ProjectorKind::svd) {
+    if (options.kind == ProjectorKind::svd)
       basis = exact_basis<T>(g, side, rank);
-    } else if (options.cold) {
+    else if (options.cold)
       basis = cold_basis<T>(g, side, rank, options);
-    } else {
-      RowMatrix<T> x = basis;
-      for (int pass = 0; pass < kPowerPasses; ++pass) x = orthonormal<T>(apply_gram(g, x));
-      basis = x;
-    }
+    else
+      power_passes<T>(g, rank, q.as<T>(), workspace);
+    return true;
   });
 }
 

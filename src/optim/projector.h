@@ -35,14 +35,18 @@ struct RefreshOptions {
   bool cold = false;                   // no basis yet
 };
 
-/// Replaces the orthonormal basis `q` [min(m,n), r] by one of the dominant subspace of `g`.
+/// Replaces the orthonormal basis `q` [min(m,n), r] by one of the dominant subspace of `g`; both f32 or f64.
 ///
 /// svd    the top r singular vectors, through the eigenvectors of the f64 Gram matrix of the shorter side; each
-/// vector's
-///        component of largest magnitude is positive, so that moments kept across a refresh have a defined sign
-/// power  two passes of Q <- orth(G (G' Q)), warm-started from the old basis and kept aligned with it; from cold, a
-///        randomised range finder with oversampling (Halko, Martinsson & Tropp 2011) and a Rayleigh-Ritz rotation
-/// A gradient that is not finite leaves `q` as it was. Allocates; refreshes are rare.
-void refresh_projector(const Tensor& g, const Tensor& q, const RefreshOptions& options);
+///        vector's component of largest magnitude is positive, so that moments kept across a refresh have a defined
+///        sign
+/// power  three passes of Q <- orth(G (G' Q)), warm-started from the old basis and kept aligned with it
+/// (orthonormal.h);
+///        from cold, a randomised range finder with oversampling (Halko, Martinsson & Tropp 2011) and a Rayleigh-Ritz
+///        rotation
+/// A gradient that is not finite leaves `q` as it was, and returns false. A warm power refresh allocates nothing: its
+/// workspace holds refresh_workspace_bytes(). The others allocate.
+bool refresh_projector(const Tensor& g, const Tensor& q, const RefreshOptions& options, void* workspace);
+std::size_t refresh_workspace_bytes(const Shape& shape, std::int64_t rank, DType dtype);
 
 }  // namespace kiln

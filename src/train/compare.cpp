@@ -9,8 +9,7 @@
 namespace kiln {
 
 Config comparison_config(const Config& base, OptimizerKind kind, double peak_lr, const std::filesystem::path& run_dir) {
-  Config config = base;
-  config.optimizer.kind = kind;
+  Config config = with_optimizer(base, kind);
   if (peak_lr > 0) config.schedule.peak_lr = peak_lr;
   config.run.dir = run_dir.string();
   config.run.name = to_string(kind);

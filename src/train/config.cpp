@@ -34,13 +34,22 @@ std::span<const Spelling<DecayShape>> spellings() {
 }
 template <>
 std::span<const Spelling<OptimizerKind>> spellings() {
-  static constexpr Spelling<OptimizerKind> kAll[] = {
-      {"adamw", OptimizerKind::adamw}, {"galore", OptimizerKind::galore}, {"fira", OptimizerKind::fira}};
+  static const std::vector<Spelling<OptimizerKind>> kAll = [] {
+    std::vector<Spelling<OptimizerKind>> list;
+    for (const OptimizerKind kind : optimizer_kinds()) list.push_back({to_string(kind), kind});
+    return list;
+  }();
   return kAll;
 }
 template <>
 std::span<const Spelling<ProjectorKind>> spellings() {
   static constexpr Spelling<ProjectorKind> kAll[] = {{"power", ProjectorKind::power}, {"svd", ProjectorKind::svd}};
+  return kAll;
+}
+template <>
+std::span<const Spelling<MuonScale>> spellings() {
+  static constexpr Spelling<MuonScale> kAll[] = {{"match_rms", MuonScale::match_rms},
+                                                 {"spectral", MuonScale::spectral}};
   return kAll;
 }
 template <>
@@ -185,21 +194,30 @@ const std::vector<Field>& fields() {
       KILN_FIELD("schedule.decay_steps", schedule.decay_steps, "wsd: the last steps, which anneal"),
       KILN_FIELD("schedule.decay_shape", schedule.decay_shape, "wsd: linear | cosine | 1-sqrt"),
       KILN_FIELD("schedule.final_ratio", schedule.final_ratio, "last learning rate over peak_lr"),
-      KILN_FIELD("optimizer.kind", optimizer.kind, "adamw | galore | fira"),
+      KILN_FIELD("optimizer.kind", optimizer.kind,
+                 "adamw | adam8bit | galore | fira | fira+ | apollo | apollo_mini | muon | lora | relora"),
       KILN_FIELD("optimizer.beta1", optimizer.beta1, "decay of the first moment"),
       KILN_FIELD("optimizer.beta2", optimizer.beta2, "decay of the second moment"),
-      KILN_FIELD("optimizer.eps", optimizer.eps, "auto: 1e-8 for adamw, 1e-6 for galore and fira"),
+      KILN_FIELD("optimizer.eps", optimizer.eps, "auto: 1e-6 for galore, fira, fira+ and apollo, else 1e-8"),
       KILN_FIELD("optimizer.weight_decay", optimizer.weight_decay, "decoupled; not on norms"),
       KILN_FIELD("optimizer.rank", optimizer.rank, "of the subspace"),
-      KILN_FIELD("optimizer.alpha", optimizer.alpha, "scale of the low-rank update"),
-      KILN_FIELD("optimizer.refresh", optimizer.refresh, "steps between two projector refreshes"),
+      KILN_FIELD(
+          "optimizer.alpha", optimizer.alpha,
+          "scale of the low-rank update; auto: 0.25 for galore and fira, 1 for apollo (enters by its root), 128 for "
+          "apollo_mini, 32 for lora (over the rank)"),
+      KILN_FIELD("optimizer.refresh", optimizer.refresh, "steps between two refreshes of the subspace"),
       KILN_FIELD("optimizer.projector", optimizer.projector, "power | svd"),
       KILN_FIELD("optimizer.variant", optimizer.variant, "fira: paper | reference (the authors' code)"),
-      KILN_FIELD("optimizer.gamma", optimizer.gamma, "fira: largest growth of the residual's norm in a step"),
-      KILN_FIELD("optimizer.states", optimizer.states, "of moments: fp32 | bf16 | int8"),
+      KILN_FIELD("optimizer.gamma", optimizer.gamma, "fira, apollo: largest growth of the norm in a step"),
+      KILN_FIELD("optimizer.states", optimizer.states,
+                 "of moments: fp32 | bf16 | int8; auto: int8 for adam8bit, else fp32"),
       KILN_FIELD("optimizer.projector_states", optimizer.projector_states, "of the basis: fp32 | bf16 | int8"),
       KILN_FIELD("optimizer.stagger", optimizer.stagger,
                  "refresh the matrices in turns over an interval; auto: with projector power, not with svd"),
+      KILN_FIELD("optimizer.momentum", optimizer.momentum, "muon"),
+      KILN_FIELD("optimizer.muon_scale", optimizer.muon_scale,
+                 "match_rms (steps as large as Adam's) | spectral (of one spectral norm)"),
+      KILN_FIELD("optimizer.rewarm", optimizer.rewarm, "relora: steps of the warm-up after a restart"),
       KILN_FIELD("optimizer.clip_norm", optimizer.clip_norm, "largest global gradient norm; 0: no clipping"),
       KILN_FIELD("precision.weights", precision.weights, "fp32 | bf16_sr"),
       KILN_FIELD("memory.budget", memory.budget, "bytes of one rank, such as 24GiB; auto: the GPU's memory"),

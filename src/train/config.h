@@ -58,16 +58,20 @@ struct Config {
   struct Optimizer {
     OptimizerKind kind = OptimizerKind::adamw;
     double beta1 = 0.9, beta2 = 0.999;
-    std::optional<double> eps;  // 1e-8 for AdamW, 1e-6 for GaLore and Fira
+    std::optional<double> eps;  // likewise
     double weight_decay = 0.0;
     std::int64_t rank = 128;
-    double alpha = 0.25;
+    std::optional<double> alpha;  // the member's own (optimizer_defaults)
     std::int64_t refresh = 200;
     ProjectorKind projector = ProjectorKind::power;
     FiraVariant variant = FiraVariant::paper;
     double gamma = 1.01;
-    StatePrecision states = StatePrecision::fp32, projector_states = StatePrecision::fp32;
+    std::optional<StatePrecision> states;  // likewise
+    StatePrecision projector_states = StatePrecision::fp32;
     std::optional<bool> stagger;  // with the power projector, unless set
+    double momentum = 0.95;
+    MuonScale muon_scale = MuonScale::match_rms;
+    std::int64_t rewarm = 50;
     double clip_norm = 1.0;
   } optimizer;
   struct Precision {

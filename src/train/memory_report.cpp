@@ -7,6 +7,19 @@ namespace {
 
 std::uint64_t count(std::int64_t elements) { return static_cast<std::uint64_t>(elements); }
 
+/// With int8, blocks of 256 share an f32 scale.
+std::uint64_t stored(std::int64_t elements, StatePrecision precision) {
+  switch (precision) {
+    case StatePrecision::fp32:
+      return 4 * count(elements);
+    case StatePrecision::bf16:
+      return 2 * count(elements);
+    case StatePrecision::int8:
+      return count(elements) + 4 * ((count(elements) + 255) / 256);
+  }
+  return 0;
+}
+
 /// What every number of a report is about: a device, and the ranks.
 struct Site {
   const Backend& backend;
@@ -20,10 +33,6 @@ struct Site {
   }
 };
 
-Config with_optimizer(Config config, OptimizerKind kind) {
-  config.optimizer.kind = kind;
-  return config;
-}
 /// The preset with the vocabulary of the configured model, which belongs to the data.
 Config with_preset(Config config, std::string_view preset) {
   const std::int64_t vocab = model_config(config).vocab;
@@ -99,7 +108,7 @@ OptimizerMemory optimizer_memory(const Config& config, const Site& site) {
                                 .largest_micro = largest_micro(config, recompute, site)});
   if (!config.memory.budget) return memory;
   memory.choice = memory_within(config, *config.memory.budget, site.backend, site.communicator);
-  if (config.optimizer.kind != OptimizerKind::adamw) memory.largest_rank = largest_rank(config, site);
+  if (has_rank(config.optimizer.kind)) memory.largest_rank = largest_rank(config, site);
   return memory;
 }
 
@@ -135,22 +144,55 @@ bool runs(const Config& config, const Site& site) {
 
 }  // namespace
 
-std::uint64_t state_elements(const Parameter& parameter, const OptimizerOptions& optimizer) {
-  if (optimizer.kind == OptimizerKind::adamw || !parameter.low_rank) return 2 * count(parameter.shape.numel());
+std::uint64_t state_bytes(const Parameter& parameter, const OptimizerOptions& o) {
+  const bool vector = parameter.shape.rank() == 1;
+  const StatePrecision rest = o.kind == OptimizerKind::fira_plus ? StatePrecision::int8 : o.states;
+  if (vector && rest == StatePrecision::int8) return 2 * stored(parameter.shape.numel(), StatePrecision::fp32);
+  if (!parameter.low_rank) return 2 * stored(parameter.shape.numel(), rest);
   const std::int64_t m = std::min(parameter.shape[0], parameter.shape[1]);
   const std::int64_t n = std::max(parameter.shape[0], parameter.shape[1]);
-  const std::int64_t r = std::min(optimizer.rank, m);
-  return count(m * r + 2 * n * r + (optimizer.kind == OptimizerKind::fira ? 1 : 0));
+  const std::int64_t r = std::min(o.rank, m);
+  switch (o.kind) {
+    case OptimizerKind::adamw:
+    case OptimizerKind::adam8bit:
+      return 2 * stored(m * n, o.states);
+    case OptimizerKind::galore:
+      return stored(m * r, o.projector_states) + 2 * stored(n * r, o.states);
+    case OptimizerKind::fira:
+    case OptimizerKind::fira_plus:
+      return stored(m * r, o.projector_states) + 2 * stored(n * r, o.states) + 4;
+    case OptimizerKind::apollo:
+      return 2 * stored(n * r, o.states) + 4;
+    case OptimizerKind::apollo_mini:
+      return 2 * stored(n, o.states) + 4;
+    case OptimizerKind::muon:
+      return stored(m * n, o.states);
+    case OptimizerKind::lora:
+    case OptimizerKind::relora:
+      return 4 * count((m + n) * r) + 2 * stored(m * r, o.states) + 2 * stored(n * r, o.states);
+  }
+  return 0;
 }
 
 std::string_view state_formula(OptimizerKind kind) {
   switch (kind) {
     case OptimizerKind::adamw:
+    case OptimizerKind::adam8bit:
       return "2mn";
     case OptimizerKind::galore:
       return "mr + 2nr";
     case OptimizerKind::fira:
+    case OptimizerKind::fira_plus:
       return "mr + 2nr + 1";
+    case OptimizerKind::apollo:
+      return "2nr + 1";
+    case OptimizerKind::apollo_mini:
+      return "2n + 1";
+    case OptimizerKind::muon:
+      return "mn";
+    case OptimizerKind::lora:
+    case OptimizerKind::relora:
+      return "3mr + 3nr";
   }
   return "unknown";
 }
@@ -162,8 +204,7 @@ MemoryFormula memory_formula(const TrainPlan& train, const TrainPlanOptions& opt
   MemoryFormula formula{.weights = parameters * (options.masters ? wide : real),
                         .gradients = parameters * wide,
                         .activations = tokens * (real * count(kept.real) + wide * count(kept.f32))};
-  for (const Parameter& parameter : train.table.parameters)
-    formula.states += wide * state_elements(parameter, options.optimizer);
+  for (const Parameter& parameter : train.table.parameters) formula.states += state_bytes(parameter, options.optimizer);
   for (std::size_t n = 0; n < train.plan.nodes().size();) {
     const NodeGroup group = backend.group(train.plan, n);
     formula.workspace = std::max<std::uint64_t>(formula.workspace, backend.workspace_bytes(train.plan, group));
@@ -184,6 +225,8 @@ MemoryReport memory_report(const Config& config, Communicator& communicator, con
       .recompute = choice.recompute,
       .micro_batches = options.micro_batches,
       .rank = config.optimizer.rank,
+      .states = optimizer_options(config).states,
+      .projector_states = config.optimizer.projector_states,
       .ranks = communicator.size(),
       .budget = config.memory.budget,
       .averages_host = average_host_bytes(config, record_train_plan(options, communicator).parameter_bytes(), backend),

@@ -12,7 +12,7 @@ namespace kiln {
 /// Bytes of one rank by what they are for, each counted once and nothing reused: the paper's arithmetic.
 struct MemoryFormula {
   std::uint64_t weights = 0, gradients = 0;
-  std::uint64_t states = 0;       // state_elements over all parameters
+  std::uint64_t states = 0;       // state_bytes over all parameters
   std::uint64_t activations = 0;  // what the forward pass leaves for the backward pass
   std::uint64_t workspace = 0;    // the largest of any op
   std::uint64_t total() const { return weights + gradients + states + activations + workspace; }
@@ -20,10 +20,12 @@ struct MemoryFormula {
 MemoryFormula memory_formula(const TrainPlan& plan, const TrainPlanOptions& options,
                              const Backend& backend = cpu_backend());
 
-/// Elements of one parameter's optimizer states, for a matrix with sides m <= n and r = min(rank, m):
-///   AdamW  2mn        GaLore  mr + 2nr        Fira  mr + 2nr + 1
-/// The low-rank members keep 2mn where they do not project: embedding, head and norms.
-std::uint64_t state_elements(const Parameter& parameter, const OptimizerOptions& optimizer);
+/// Bytes of one parameter's optimizer states. Elements for a matrix with sides m <= n and r = min(rank, m):
+///   AdamW  2mn    GaLore  mr + 2nr    Fira  mr + 2nr + 1    APOLLO  2nr + 1, Mini r = 1    Muon  mn    LoRA  3mr + 3nr
+/// Embedding, head and norms have Adam's 2mn in every member. Moments are stored in optimizer.states and the basis mr
+/// in optimizer.projector_states, at 4, 2, or 1 + 4/256 bytes (a scale for each block of 256, rounded up; norms at
+/// 4 there). The limiter's number and LoRA's mr + nr have 4 always. Fira+ has int8 states of embedding and head.
+std::uint64_t state_bytes(const Parameter& parameter, const OptimizerOptions& optimizer);
 std::string_view state_formula(OptimizerKind kind);
 
 struct MicroMemory {
@@ -70,6 +72,7 @@ struct MemoryReport {
   BatchShape micro;
   Recompute recompute = Recompute::none;  // of `packed` and `micro` below
   std::int64_t micro_batches = 1, rank = 0;
+  StatePrecision states = StatePrecision::fp32, projector_states = StatePrecision::fp32;
   int ranks = 1;
   std::optional<std::uint64_t> budget;
   std::uint64_t averages_host = 0;  // host bytes of the first rank for `averages`, beside all others

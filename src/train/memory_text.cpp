@@ -51,7 +51,7 @@ class Table {
  public:
   void row(std::string_view label, const std::vector<std::string>& cells) {
     text_ += fmt::format("{:<28}", label);
-    for (const std::string& cell : cells) text_ += fmt::format("{:>18}", cell);
+    for (const std::string& cell : cells) text_ += fmt::format("{:>15}", cell);
     text_ += '\n';
   }
   void line(std::string_view text) { text_ += fmt::format("{}\n", text); }
@@ -93,7 +93,10 @@ void role_rows(Table& table, const MemoryReport& report) {
   bytes_row(table, report, "  total", [](M m) { return m.packed.total(); });
   table.line("");
   table.row("states of an m x n matrix", cells(report, [](M m) { return std::string(state_formula(m.kind)); }));
-  table.line(fmt::format("  m <= n, r = min({}, m); 2mn for embedding, head and norms\n", report.rank));
+  table.line(
+      fmt::format("  m <= n, r = min({}, m), 1 for apollo_mini; 2mn for embedding, head and norms", report.rank));
+  table.line(fmt::format("  moments {} (adam8bit, and embedding and head of fira+: int8), basis {}\n",
+                         to_string(report.states), to_string(report.projector_states)));
 }
 
 std::string fitting(std::uint64_t bytes, const std::optional<std::uint64_t>& budget) {
@@ -113,9 +116,8 @@ void micro_rows(Table& table, const MemoryReport& report) {
   if (!report.budget) return;
   table.row(fmt::format("largest within {}", human_bytes(*report.budget)),
             cells(report, [](M m) { return number_or_none(m.largest_micro); }));
-  table.row(fmt::format("largest rank at micro {}", report.micro.sequences), cells(report, [](M m) {
-              return m.kind == OptimizerKind::adamw ? std::string("-") : number_or_none(m.largest_rank);
-            }));
+  table.row(fmt::format("largest rank at micro {}", report.micro.sequences),
+            cells(report, [](M m) { return !has_rank(m.kind) ? std::string("-") : number_or_none(m.largest_rank); }));
 }
 
 /// "64 norms": a micro-batch and how it recomputes.

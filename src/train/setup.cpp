@@ -37,21 +37,34 @@ LlamaConfig model_config(const Config& config) {
 
 OptimizerOptions optimizer_options(const Config& config) {
   const Config::Optimizer& o = config.optimizer;
+  const OptimizerDefaults defaults = optimizer_defaults(o.kind);
   return {.kind = o.kind,
           .beta1 = o.beta1,
           .beta2 = o.beta2,
-          .eps = o.eps.value_or(o.kind == OptimizerKind::adamw ? 1e-8 : 1e-6),
+          .eps = o.eps.value_or(defaults.eps),
           .weight_decay = o.weight_decay,
           .rank = o.rank,
-          .alpha = o.alpha,
+          .alpha = o.alpha.value_or(defaults.alpha),
           .refresh = o.refresh,
           .projector = o.projector,
           .variant = o.variant,
           .gamma = o.gamma,
-          .states = o.states,
+          .states = o.states.value_or(defaults.states),
           .projector_states = o.projector_states,
           .stagger = o.stagger.value_or(o.projector == ProjectorKind::power),
+          .momentum = o.momentum,
+          .muon_scale = o.muon_scale,
+          .rewarm = o.rewarm,
           .seed = config.run.seed};
+}
+
+Config with_optimizer(Config config, OptimizerKind kind) {
+  if (kind == config.optimizer.kind) return config;
+  if (optimizer_defaults(kind).alpha != optimizer_defaults(config.optimizer.kind).alpha) config.optimizer.alpha.reset();
+  if (kind == OptimizerKind::adam8bit || config.optimizer.kind == OptimizerKind::adam8bit)
+    config.optimizer.states.reset();
+  config.optimizer.kind = kind;
+  return config;
 }
 
 BatchShape micro_batch(const Config& config, int ranks, const Backend& backend) {

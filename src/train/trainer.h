@@ -136,6 +136,9 @@ class Trainer {
 /// The model that a configuration describes: its preset with what it overrides.
 LlamaConfig model_config(const Config& config);
 OptimizerOptions optimizer_options(const Config& config);
+/// The same run with another member of the family. An alpha of another meaning, and states that only one of the two can
+/// have, go back to the member's own.
+Config with_optimizer(Config config, OptimizerKind kind);
 /// Sequences of one rank's micro-batch: the configured one, or with `auto` the largest divisor of the rank's share that
 /// holds at most 2048 tokens on the CPU, 2^26 / C on a GPU. A usage Error when the ranks do not divide the batch, or
 /// the micro-batch the share.

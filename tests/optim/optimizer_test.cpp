@@ -10,7 +10,9 @@ using namespace kiln;
 
 namespace {
 
-OptimizerOptions of_kind(OptimizerKind kind) { return {.kind = kind, .rank = 8}; }
+OptimizerOptions of_kind(OptimizerKind kind) {
+  return {.kind = kind, .rank = 8, .states = optimizer_defaults(kind).states};
+}
 
 }  // namespace
 
@@ -30,12 +32,13 @@ TEST_CASE("state bytes by formula: Adam 2mn, GaLore mr + 2nr, Fira one number mo
 }
 
 TEST_CASE("every kind has a name that parses back") {
-  for (const OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::galore, OptimizerKind::fira}) {
+  CHECK(optimizer_kinds().size() == 10);
+  for (const OptimizerKind kind : optimizer_kinds()) {
     CHECK(parse_optimizer_kind(to_string(kind)) == kind);
     CHECK(make_optimizer(of_kind(kind))->name() == to_string(kind));
   }
   CHECK_THROWS_WITH(parse_optimizer_kind("adam"),
-                    ContainsSubstring("'adam' is not known; choose one of adamw, galore"));
+                    ContainsSubstring("'adam' is not known; choose one of adamw, adam8bit, galore, fira, fira+"));
 }
 
 TEST_CASE("options out of range name their key") {

@@ -105,6 +105,14 @@ HostTensor empty_basis(const HostTensor& g, std::int64_t rank) {
   return HostTensor({{std::min(shape[0], shape[1]), rank}, DType::f32});
 }
 
+/// As an op would: with a workspace of the size that it asks for, poisoned.
+void refresh(const Tensor& g, const Tensor& q, const RefreshOptions& options) {
+  const auto bytes = static_cast<std::int64_t>(refresh_workspace_bytes(g.shape(), q.shape()[1], g.dtype()));
+  const HostTensor workspace({{bytes}, DType::u8});
+  std::fill_n(workspace.span<std::uint8_t>().data(), bytes, std::uint8_t{0xff});
+  CHECK(refresh_projector(g, q, options, workspace.view().data));
+}
+
 RefreshOptions options_of(ProjectorKind kind, bool cold, std::uint64_t stream = 3) {
   return {.kind = kind, .seed = 1, .stream = stream, .cold = cold};
 }
@@ -119,18 +127,18 @@ TEST_CASE("both projectors are orthonormal and hold the dominant subspace") {
 
   const HostTensor g = spectrum.gradient(0.0);
   const HostTensor exact = empty_basis(g, rank), power = empty_basis(g, rank);
-  refresh_projector(g.view(), exact.view(), options_of(ProjectorKind::svd, true));
+  refresh(g.view(), exact.view(), options_of(ProjectorKind::svd, true));
   CHECK(captured(g, exact) == Approx(spectrum.top_energy(rank)).epsilon(1e-5));
   CHECK(orthogonality_error(exact) < 1e-6);
 
-  refresh_projector(g.view(), power.view(), options_of(ProjectorKind::power, true));
+  refresh(g.view(), power.view(), options_of(ProjectorKind::power, true));
   CHECK(captured(g, power) > 0.99 * spectrum.top_energy(rank));
   CHECK(orthogonality_error(power) < 1e-5);
 
   // Warm: the gradient has turned since the last refresh.
   const HostTensor turned = spectrum.gradient(0.4);
   REQUIRE(captured(turned, power) < 0.95 * spectrum.top_energy(rank));
-  refresh_projector(turned.view(), power.view(), options_of(ProjectorKind::power, false));
+  refresh(turned.view(), power.view(), options_of(ProjectorKind::power, false));
   CHECK(captured(turned, power) > 0.99 * spectrum.top_energy(rank));
   CHECK(orthogonality_error(power) < 1e-5);
 }
@@ -138,7 +146,7 @@ TEST_CASE("both projectors are orthonormal and hold the dominant subspace") {
 TEST_CASE("the largest component of every exact singular vector is positive") {
   const auto [rows, columns] = GENERATE(table<std::int64_t, std::int64_t>({{40, 25}, {25, 40}}));
   const HostTensor g = Spectrum(rows, columns, 0.8).gradient(0.0), q = empty_basis(g, 8);
-  refresh_projector(g.view(), q.view(), options_of(ProjectorKind::svd, true));
+  refresh(g.view(), q.view(), options_of(ProjectorKind::svd, true));
   for (std::size_t c = 0; c < 8; ++c) {
     float largest = 0;
     for (std::size_t i = 0; i < 25; ++i)
@@ -151,9 +159,9 @@ TEST_CASE("a warm power refresh stays aligned with the old basis") {
   const Spectrum spectrum(60, 40, 0.8);
   const std::int64_t rank = 6;
   const HostTensor g = spectrum.gradient(0.0), turned = spectrum.gradient(0.1), q = empty_basis(g, rank);
-  refresh_projector(g.view(), q.view(), options_of(ProjectorKind::power, true));
+  refresh(g.view(), q.view(), options_of(ProjectorKind::power, true));
   const std::vector<float> old(q.span<float>().begin(), q.span<float>().end());
-  refresh_projector(turned.view(), q.view(), options_of(ProjectorKind::power, false));
+  refresh(turned.view(), q.view(), options_of(ProjectorKind::power, false));
   for (std::size_t c = 0; c < 6; ++c) {
     double along = 0;
     for (std::size_t i = 0; i < 40; ++i)
@@ -166,7 +174,7 @@ TEST_CASE("the cold start is drawn from the seed and the stream alone") {
   const HostTensor g = Spectrum(48, 48, 0.99).gradient(0.0);
   auto start = [&](std::uint64_t stream) {
     const HostTensor q = empty_basis(g, 8);
-    refresh_projector(g.view(), q.view(), options_of(ProjectorKind::power, true, stream));
+    refresh(g.view(), q.view(), options_of(ProjectorKind::power, true, stream));
     return std::vector<float>(q.span<float>().begin(), q.span<float>().end());
   };
   CHECK(start(3) == start(3));
@@ -178,9 +186,9 @@ TEST_CASE("ranks at and near the whole side, and gradients of low rank") {
   const std::int64_t rank = GENERATE(1, 11, 12);
   const double decay = GENERATE(0.0, 0.7);  // 0: a gradient of rank one
   const HostTensor g = Spectrum(20, 12, decay).gradient(0.0), q = empty_basis(g, rank);
-  refresh_projector(g.view(), q.view(), options_of(kind, true));
+  refresh(g.view(), q.view(), options_of(kind, true));
   CHECK(orthogonality_error(q) < 1e-5);
   CHECK(captured(g, q) > 0.99 * Spectrum(20, 12, decay).top_energy(rank));
-  refresh_projector(g.view(), q.view(), options_of(kind, false));
+  refresh(g.view(), q.view(), options_of(kind, false));
   CHECK(orthogonality_error(q) < 1e-5);
 }

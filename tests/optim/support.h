@@ -23,7 +23,7 @@ class Driver {
     specs_ = {storage, storage, scalars_spec()};
     names_ = {"w", "g", "scalars"};
     for (const StateSpec& state : optimizer->states(parameter)) {
-      specs_.push_back({state.spec.shape, dtype_of<T>()});
+      specs_.push_back({state.spec.shape, state.spec.dtype == DType::f32 ? dtype_of<T>() : state.spec.dtype});
       names_.push_back(state.name);
     }
     op_->infer(specs_);

@@ -45,10 +45,7 @@ Config small_config() {
   return config;
 }
 
-Config with_kind(Config config, OptimizerKind kind) {
-  config.optimizer.kind = kind;
-  return config;
-}
+Config with_kind(const Config& config, OptimizerKind kind) { return with_optimizer(config, kind); }
 
 const OptimizerMemory& of_kind(const MemoryReport& report, OptimizerKind kind) {
   for (const OptimizerMemory& memory : report.optimizers)
@@ -93,33 +90,46 @@ TEST_CASE("The formulas of optimizer states are those of the papers", "[memory_r
   const OptimizerOptions adamw{.kind = OptimizerKind::adamw, .rank = 8},
       galore{.kind = OptimizerKind::galore, .rank = 8}, fira{.kind = OptimizerKind::fira, .rank = 8};
   for (const Parameter& parameter : {tall, wide}) {
-    CHECK(state_elements(parameter, adamw) == 2 * 48 * 80);
-    CHECK(state_elements(parameter, galore) == 48 * 8 + 2 * 80 * 8);
-    CHECK(state_elements(parameter, fira) == 48 * 8 + 2 * 80 * 8 + 1);
+    CHECK(state_bytes(parameter, adamw) == 4 * (2 * 48 * 80));
+    CHECK(state_bytes(parameter, galore) == 4 * (48 * 8 + 2 * 80 * 8));
+    CHECK(state_bytes(parameter, fira) == 4 * (48 * 8 + 2 * 80 * 8 + 1));
+    CHECK(state_bytes(parameter, {.kind = OptimizerKind::apollo, .rank = 8}) == 4 * (2 * 80 * 8 + 1));
+    CHECK(state_bytes(parameter, {.kind = OptimizerKind::apollo_mini, .rank = 8}) == 4 * (2 * 80 + 1));
+    CHECK(state_bytes(parameter, {.kind = OptimizerKind::muon, .states = StatePrecision::bf16}) == 2 * 48 * 80);
+    CHECK(state_bytes(parameter, {.kind = OptimizerKind::lora, .rank = 8}) == 4 * 3 * (48 + 80) * 8);
+    // 80 * 8 numbers are two and a half blocks of 256.
+    CHECK(state_bytes(parameter, {.kind = OptimizerKind::fira, .rank = 8, .states = StatePrecision::int8}) ==
+          4 * 48 * 8 + 2 * (80 * 8 + 4 * 3) + 4);
   }
-  CHECK(state_elements(tall, {.kind = OptimizerKind::galore, .rank = 1000}) == 48 * 48 + 2 * 80 * 48);  // r = m
+  CHECK(state_bytes(tall, {.kind = OptimizerKind::galore, .rank = 1000}) == 4 * (48 * 48 + 2 * 80 * 48));  // r = m
   for (const OptimizerOptions& options : {adamw, galore, fira})
-    CHECK(state_elements(embedding, options) == 2 * 100 * 48);
+    CHECK(state_bytes(embedding, options) == 4 * 2 * 100 * 48);
+  CHECK(state_bytes(embedding, {.kind = OptimizerKind::fira_plus}) == 2 * (100 * 48 + 4 * 19));
+  CHECK(state_bytes({.name = "n", .shape = {48}}, {.states = StatePrecision::int8}) == 4 * 2 * 48);
 }
 
 TEST_CASE("Formula and counted bytes agree to the byte", "[memory_report]") {
   const auto communicator = make_local_communicator();
   for (const OptimizerKind kind : optimizer_kinds()) {
-    for (const std::int64_t rank : {1, 8, 24, 200}) {
-      CAPTURE(to_string(kind), rank);
-      Config config = with_kind(small_config(), kind);
-      config.optimizer.rank = rank;
-      const TrainPlanOptions options = options_of(config);
-      const TrainPlan plan = record_train_plan(options, *communicator);
-      const MemoryFormula formula = memory_formula(plan, options);
-      CHECK(formula.states == plan.state_bytes());
-      CHECK(formula.states == OptimizerStates(plan.table, *plan.optimizer).bytes());
-      CHECK(formula.weights == plan.parameter_bytes());
-      CHECK(formula.activations == activations_kept_for_backward(plan.plan));
-      const PackedMemory packed = packed_memory(config, *communicator);
-      CHECK(packed.states == formula.states);
-      CHECK(packed.weights == formula.weights);
-    }
+    for (const std::int64_t rank : {1, 8, 24, 200})
+      for (const StatePrecision states : {StatePrecision::fp32, StatePrecision::bf16, StatePrecision::int8}) {
+        if (kind == OptimizerKind::adam8bit && states != StatePrecision::int8) continue;
+        CAPTURE(to_string(kind), rank, to_string(states));
+        Config config = with_kind(small_config(), kind);
+        config.optimizer.rank = rank;
+        config.optimizer.states = states;
+        config.optimizer.projector_states = states;
+        const TrainPlanOptions options = options_of(config);
+        const TrainPlan plan = record_train_plan(options, *communicator);
+        const MemoryFormula formula = memory_formula(plan, options);
+        CHECK(formula.states == plan.state_bytes());
+        CHECK(formula.states == OptimizerStates(plan.table, *plan.optimizer).bytes());
+        CHECK(formula.weights == plan.parameter_bytes());
+        CHECK(formula.activations == activations_kept_for_backward(plan.plan));
+        const PackedMemory packed = packed_memory(config, *communicator);
+        CHECK(packed.states == formula.states);
+        CHECK(packed.weights == formula.weights);
+      }
   }
 }
 
