@@ -4,17 +4,8 @@
 namespace kiln::cuda {
 namespace {
 
-/// What one warpgroup overlaps, as far as its registers allow.
-enum class Overlap {
-  none,    // scores and dp complete, then p and ds, then dv and dk complete: the other warpgroups fill the tensor cores
-  within,  // p while dp runs and ds while dv runs; dv and dk complete
-  carry,   // also dk while the next tile's scores run
-  across,  // also dv and dk while the next tile's scores run
-};
-
-template <int kHeadDim, int kConsumers, int kRingStages, int kResidentSlots, Overlap kHowFar>
+template <int kHeadDim, int kConsumers, int kRingStages, int kResidentSlots>
 struct KeyConfig {
-  static constexpr Overlap kOverlap = kHowFar;
   static constexpr int kD = kHeadDim, kWarpgroups = kConsumers, kStages = kRingStages, kSlots = kResidentSlots;
   using Role = Roles<kWarpgroups>;
   static constexpr int kStatisticBytes = kRows * sizeof(float);
@@ -88,43 +79,29 @@ struct KeyConsumer {
     if (lane == 0) barrier_arrive(barrier);
   }
 
-  /// One tile of queries; `previous` is the stage whose product for dk is still in flight, or -1.
-  __device__ void step(std::uint32_t keys, std::uint32_t values, bool diagonal, int previous) {
+  /// One tile of queries. Each pair of products completes before the next step: the other warpgroups fill the tensor
+  /// cores meanwhile, and registers are short.
+  __device__ void step(std::uint32_t keys, std::uint32_t values, bool diagonal) {
     const int stage = ring.stage;
     const std::uint32_t queries = shared_address(shared.q[stage]), douts = shared_address(shared.dout[stage]);
     barrier_wait(&shared.q_full[stage], ring.parity);
     issue_product<C::kD>(s, keys, queries);
     barrier_wait(&shared.dout_full[stage], ring.parity);
     issue_product<C::kD>(dp, values, douts);
-    wgmma_wait<C::kOverlap == Overlap::none ? 0 : 1>();
+    wgmma_wait<0>();
     fence_registers(s);
-    if constexpr (C::kOverlap >= Overlap::carry) {
-      fence_registers(ds);
-      if (previous >= 0) release(&shared.q_empty[previous]);
-    }
-    if constexpr (C::kOverlap == Overlap::across) {
-      fence_registers(p);
-      if (previous >= 0) release(&shared.dout_empty[previous]);
-    }
+    fence_registers(dp);
     probabilities(s, shared.lse[stage], scale * kLog2e, diagonal);
     pack_operand<kRows / 2>(p, s);
-    if constexpr (C::kOverlap == Overlap::none) score_gradient(ds, s, dp, shared.delta[stage]);
+    score_gradient(ds, s, dp, shared.delta[stage]);
     issue_gradient<C::kD>(dv, p, douts, true);
-    if constexpr (C::kOverlap != Overlap::none) {
-      wgmma_wait<1>();
-      fence_registers(dp);
-      score_gradient(ds, s, dp, shared.delta[stage]);
-    }
     issue_gradient<C::kD>(dk, ds, queries, true);
-    if constexpr (C::kOverlap == Overlap::across) return;
-    wgmma_wait<C::kOverlap == Overlap::carry ? 1 : 0>();
+    wgmma_wait<0>();
     fence_registers(dv);
-    fence_registers(p);
-    release(&shared.dout_empty[stage]);
-    if constexpr (C::kOverlap == Overlap::carry) return;
     fence_registers(dk);
+    fence_registers(p);
     fence_registers(ds);
-    release(&shared.q_empty[stage]);
+    release(&shared.q_empty[stage]), release(&shared.dout_empty[stage]);
   }
 
   __device__ void skip() {
@@ -149,22 +126,15 @@ struct KeyConsumer {
     std::uint8_t *key_tile = shared.k[warpgroup][slot.stage], *value_tile = shared.v[warpgroup][slot.stage];
     barrier_wait(&shared.full[warpgroup][slot.stage], slot.parity);
     clear(dk), clear(dv);
-    int previous = -1;
     for (int g = 0; g < schedule.group; ++g)
       for (int row = work.tile * C::kWarpgroups * kRows; row < schedule.tokens; row += kRows, ring.advance()) {
         if (row < row0) {
           skip();
           continue;
         }
-        step(shared_address(key_tile), shared_address(value_tile), row == row0, previous);
+        step(shared_address(key_tile), shared_address(value_tile), row == row0);
         finish_store();
-        previous = ring.stage;
       }
-    wgmma_wait<0>();
-    fence_registers(dk);
-    fence_registers(dv);
-    if (C::kOverlap >= Overlap::carry) release(&shared.q_empty[previous]);
-    if (C::kOverlap == Overlap::across) release(&shared.dout_empty[previous]);
 
     named_barrier(1 + warpgroup, 128);  // every warp is done with the keys and values
     stage_accumulator<C::kD>(value_tile, dv, 1.f, 1.f);
@@ -238,13 +208,11 @@ void launch_key_gradient(const AttentionShape& shape, std::int64_t rows, const A
 void attention_key_gradient(const AttentionShape& shape, std::int64_t rows, const AttentionBackward& args,
                             cudaStream_t stream) {
   if (shape.head_dim == 32)
-    launch_key_gradient<KeyConfig<32, 3, 6, 2, Overlap::across>>(shape, rows, args, stream);
-  else if (shape.head_dim == 64 && shape.seq_len <= kShortSequence)
-    launch_key_gradient<KeyConfig<64, 2, 6, 2, Overlap::across>>(shape, rows, args, stream);
+    launch_key_gradient<KeyConfig<32, 3, 6, 2>>(shape, rows, args, stream);
   else if (shape.head_dim == 64)
-    launch_key_gradient<KeyConfig<64, 3, 6, 2, Overlap::none>>(shape, rows, args, stream);
+    launch_key_gradient<KeyConfig<64, 3, 6, 2>>(shape, rows, args, stream);
   else
-    launch_key_gradient<KeyConfig<128, 2, 4, 1, Overlap::none>>(shape, rows, args, stream);
+    launch_key_gradient<KeyConfig<128, 2, 3, 2>>(shape, rows, args, stream);
 }
 
 }  // namespace kiln::cuda
