@@ -145,6 +145,9 @@ class AdamKernel final : public Kernel {
 std::unique_ptr<Kernel> make_adam(const Nodes& nodes, Context& context) {
   require(nodes.inputs()[0].dtype == DType::bf16, "adam_update: weights of {}, expected bf16",
           to_string(nodes.inputs()[0].dtype));
+  const DType state = nodes.inputs()[3].dtype;
+  require(state == DType::f32 || state == DType::bf16,
+          "adam_update: states of {}; set optimizer.states to fp32 or bf16, or train on the CPU", to_string(state));
   return std::make_unique<AdamKernel>(nodes, context);
 }
 

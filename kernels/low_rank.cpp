@@ -192,6 +192,12 @@ std::unique_ptr<Kernel> make_low_rank(const Nodes& nodes, Context& context) {
           to_string(nodes.inputs()[0].dtype));
   require(nodes.op<LowRankAdamUpdate>().options().projector == ProjectorKind::power,
           "optimizer.projector: svd runs on the CPU alone; use power");
+  for (const StateSpec& state :
+       LowRankAdamUpdate::states(nodes.op<LowRankAdamUpdate>().parameter(), nodes.op<LowRankAdamUpdate>().options()))
+    require(state.spec.dtype == DType::f32,
+            "{}.{} of {}; set optimizer.states and projector_states to fp32, or train on "
+            "the CPU",
+            nodes.op<LowRankAdamUpdate>().parameter().name, state.name, to_string(state.spec.dtype));
   return std::make_unique<LowRankKernel>(nodes, context);
 }
 

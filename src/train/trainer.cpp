@@ -325,7 +325,8 @@ bool Trainer::after_step(StepMetrics& metrics) {
     metrics.valid_loss = valid_loss_ = evaluate().loss;
     collected_ = std::chrono::steady_clock::now();
   }
-  if (averages_ && averages_->any_full()) finish_averages(metrics);
+  // Of two steps under way, the newer one may have filled it.
+  if (averages_ && averages_->any_full() && step == at_.step) finish_averages(metrics);
   if (outputs_) outputs_->write(metrics);
   if (due(config_.snapshots.every, step) && snapshot_due_phase(config_, step)) snapshot();
   const bool saves = due(config_.checkpoint.every, step);
