@@ -26,7 +26,8 @@ struct AttentionForward {
 ///        rope [P,D] f32 or null, P >= T: cosines in columns [0,D/2), sines in [D/2,D), row = position in the sequence
 /// out    dqkv [N,(H+2Hkv)D] bf16, every element written; a key head's gradient sums its query heads in order.
 ///        With `rope`, dq and dk are rotated back: dqkv is the gradient of the projection before RoPE.
-/// stream enqueues two kernels, one for dq and one for dk and dv; capturable; bitwise deterministic, without atomics
+/// stream enqueues one kernel for sequences of up to 256 with heads of 32 or 64 and H = Hkv, else two, for dq and for
+///        dk and dv; capturable; bitwise deterministic, without atomics
 struct AttentionBackward {
   const __nv_bfloat16* qkv = nullptr;
   const __nv_bfloat16* o = nullptr;
@@ -40,7 +41,7 @@ struct AttentionBackward {
 /// Whether these kernels take the shape: D is 32, 64 or 128, and H is a multiple of Hkv.
 bool attention_supported(const AttentionShape& shape);
 
-/// Two f32 per row and query head, rows of a sequence padded to 64.
+/// Two f32 per row and query head, rows of a sequence padded to 64; nothing where one kernel does it all.
 std::size_t attention_backward_workspace_bytes(const AttentionShape& shape, std::int64_t rows);
 
 /// Fails unless the shape is supported and `rows` is a positive multiple of T.

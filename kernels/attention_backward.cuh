@@ -85,31 +85,35 @@ __device__ inline void issue_gradient(float (&d)[kD / 2], const std::uint32_t (&
 
 // --- Scores held transposed, keys by queries, so that p and ds are register operands of dv and dk --------------------
 
-/// Of queries 8 t .., the scores s become probabilities, and p their bf16. On the diagonal, queries before the key have
-/// none. `lse` is in base 2, `scale2` is log2(e) / sqrt(D).
-__device__ inline void probabilities(int t, float (&s)[kRows / 2], std::uint32_t (&p)[kRows / 16][4], const float* lse,
-                                     float scale2, bool diagonal) {
+/// The scores s become probabilities. On the diagonal, queries before the key have none. `lse` is in base 2, `scale2`
+/// is log2(e) / sqrt(D).
+__device__ inline void probabilities(float (&s)[kRows / 2], const float* lse, float scale2, bool diagonal) {
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
-  const int key = warp * 16 + lane / 4, query = 8 * t + lane % 4 * 2;
-  const float2 offset = *reinterpret_cast<const float2*>(lse + query);
+  const int key = warp * 16 + lane / 4, query = lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float& x = s[4 * t + i];
-    x = exp2_approx(fmaf(x, scale2, i % 2 == 0 ? -offset.x : -offset.y));
-    if (diagonal && query + i % 2 < key + i / 2 * 8) x = 0.f;
+  for (int t = 0; t < kRows / 8; ++t) {
+    const float2 offset = *reinterpret_cast<const float2*>(lse + 8 * t + query);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      s[4 * t + i] = exp2_approx(fmaf(s[4 * t + i], scale2, i % 2 == 0 ? -offset.x : -offset.y));
   }
-  p[t / 2][t % 2 * 2] = pack_bf16(s[4 * t], s[4 * t + 1]);
-  p[t / 2][t % 2 * 2 + 1] = pack_bf16(s[4 * t + 2], s[4 * t + 3]);
+  if (!diagonal) return;
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i)
+    if (i / 4 * 8 + query + i % 2 < key + i / 2 % 2 * 8) s[i] = 0.f;
 }
 
-/// Of queries 8 t .., ds = p (dp - delta).
-__device__ inline void score_gradient(int t, const float (&p)[kRows / 2], const float (&dp)[kRows / 2],
-                                      std::uint32_t (&ds)[kRows / 16][4], const float* delta) {
-  const float2 mean = *reinterpret_cast<const float2*>(delta + 8 * t + static_cast<int>(threadIdx.x) % 4 * 2);
+/// ds = p (dp - delta).
+__device__ inline void score_gradient(std::uint32_t (&ds)[kRows / 16][4], const float (&p)[kRows / 2],
+                                      const float (&dp)[kRows / 2], const float* delta) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = 4 * t + 2 * h;
-    ds[t / 2][t % 2 * 2 + h] = pack_bf16(p[i] * (dp[i] - mean.x), p[i + 1] * (dp[i + 1] - mean.y));
+  for (int t = 0; t < kRows / 8; ++t) {
+    const float2 mean = *reinterpret_cast<const float2*>(delta + 8 * t + static_cast<int>(threadIdx.x) % 4 * 2);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = 4 * t + 2 * h;
+      ds[t / 2][t % 2 * 2 + h] = pack_bf16(p[i] * (dp[i] - mean.x), p[i + 1] * (dp[i + 1] - mean.y));
+    }
   }
 }
 

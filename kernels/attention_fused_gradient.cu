@@ -39,11 +39,11 @@ struct FusedConfig {
   };
 
   __device__ static void init(Shared& shared) {
-    barriers_init(shared.query_full, 1), barriers_init(shared.query_empty, 8);  // the warps that own keys
+    barriers_init(shared.query_full, 1), barriers_init(shared.query_empty, 256);  // the threads that own keys
     barriers_init(shared.statistics_full, 64);
     barriers_init(shared.key_full, 1), barriers_init(shared.key_empty, 5);  // the store of dv, the warps of dq
     barriers_init(shared.o_full, 1), barriers_init(shared.o_empty, 64);
-    for (int w = 0; w < 2; ++w) barriers_init(shared.ds_full[w], 128), barriers_init(shared.ds_empty[w], 4);
+    for (int w = 0; w < 2; ++w) barriers_init(shared.ds_full[w], 4), barriers_init(shared.ds_empty[w], 4);
   }
 };
 
@@ -128,6 +128,7 @@ __device__ void compute_statistics(typename C::Shared& shared, const Problem& pr
       const int row = i * kRows + thread;
       const std::int64_t at = (static_cast<std::int64_t>(sequence) * problem.tokens + row) * problem.heads + head;
       const float lse = row < problem.tokens ? problem.lse[at] * kLog2e : INFINITY;
+      barrier_wait(&shared.query_empty[ring.stage], ring.parity ^ 1);  // the statistics that lay here have been read
       barrier_wait(&shared.query_full[ring.stage], ring.parity);
       barrier_wait(&shared.o_full[output.stage], output.parity);
 #pragma unroll 2
@@ -164,18 +165,13 @@ struct FusedKeys {
 
   __device__ bool leads() const { return warp == 0 && lane == 0; }
 
-  /// The warp's lanes are done with a query block.
-  __device__ void release_query(int stage) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.query_empty[stage]);
-  }
-
   __device__ void hand_over_scores() {
     barrier_wait(&shared.ds_empty[warpgroup][score.stage], score.parity ^ 1);
 #pragma unroll
     for (int c = 0; c < kRows / 16; ++c) store_fragment<kRows>(shared.ds[warpgroup][score.stage], ds[c], c);
     fence_async_proxy();
-    barrier_arrive(&shared.ds_full[warpgroup][score.stage]);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.ds_full[warpgroup][score.stage]);
     score.advance();
   }
 
@@ -190,13 +186,12 @@ struct FusedKeys {
     barrier_wait(&shared.statistics_full[at.stage], at.parity);
     wgmma_wait<1>();
     fence_registers(s);
-#pragma unroll
-    for (int t = 0; t < kRows / 8; ++t) probabilities(t, s, p, shared.lse[at.stage], problem.scale * kLog2e, diagonal);
+    probabilities(s, shared.lse[at.stage], problem.scale * kLog2e, diagonal);
+    pack_operand<kRows / 2>(p, s);
     issue_gradient<C::kD>(dv, p, dout_tile, true);
     wgmma_wait<1>();
     fence_registers(dp);
-#pragma unroll
-    for (int t = 0; t < kRows / 8; ++t) score_gradient(t, s, dp, ds, shared.delta[at.stage]);
+    score_gradient(ds, s, dp, shared.delta[at.stage]);
     issue_gradient<C::kD>(dk, ds, query_tile, true);
     hand_over_scores();
     wgmma_wait<0>();
@@ -223,7 +218,7 @@ struct FusedKeys {
       const RingIndex<C::kQueryStages> query = ahead(queries, i);
       step(shared_address(shared.k[at.stage]), shared_address(shared.v[at.stage]), query, i == j);
       const int last = kMaxBlocks - 1 - warpgroup <= i ? kMaxBlocks - 1 - warpgroup : warpgroup;
-      if (j == last) release_query(query.stage);
+      if (j == last) barrier_arrive(&shared.query_empty[query.stage]);
     }
     named_barrier(1 + warpgroup, 128);  // every warp is done with the values
     stage_accumulator<C::kD>(shared.v[at.stage], dv, 1.f, 1.f);
@@ -247,7 +242,7 @@ struct FusedKeys {
       for (int i = 0; i < min(warpgroup, problem.blocks); ++i) {  // queries that none of its keys sees
         const RingIndex<C::kQueryStages> query = ahead(queries, i);
         barrier_wait(&shared.query_full[query.stage], query.parity);
-        release_query(query.stage);
+        barrier_arrive(&shared.query_empty[query.stage]);
       }
       for (int half = 0; half < 2; ++half) {
         const int j = half == 0 ? warpgroup : kMaxBlocks - 1 - warpgroup;
@@ -360,17 +355,17 @@ struct FusedQueries {
 template <typename C>
 __global__ __launch_bounds__(C::kThreads, 1) void fused_gradient_kernel(const __grid_constant__ Problem problem) {
   auto& shared = aligned_shared<typename C::Shared>();
-  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = (thread >> 5) & 3;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = warp_index() & 3;
   if (thread == 0) {
     C::init(shared);
     fence_barrier_init();
   }
   __syncthreads();
-  if (thread < 256) {
+  if (warp_index() < 8) {
     registers_increase<C::kKeyRegisters>();
-    FusedKeys<C> role{shared, problem, lane, warp, thread / 128};
+    FusedKeys<C> role{shared, problem, lane, warp, warp_index() / 4};
     role.run();
-  } else if (thread < 384) {
+  } else if (warp_index() < 12) {
     registers_decrease<C::kQueryRegisters>();
     FusedQueries<C> role{shared, problem, lane, warp};
     role.run();

@@ -4,16 +4,8 @@
 namespace kiln::cuda {
 namespace {
 
-/// What one warpgroup overlaps, as far as its registers allow.
-enum class Overlap {
-  none,    // scores and dp complete, then p and ds, then dv and dk complete: the other warpgroups fill the tensor cores
-  within,  // p while dp runs and ds while dv runs; dv and dk complete
-  across,  // also dv and dk while the next tile's scores run
-};
-
-template <int kHeadDim, int kConsumers, int kRingStages, int kResidentSlots, Overlap kHowFar>
+template <int kHeadDim, int kConsumers, int kRingStages, int kResidentSlots>
 struct KeyConfig {
-  static constexpr Overlap kOverlap = kHowFar;
   static constexpr int kD = kHeadDim, kWarpgroups = kConsumers, kStages = kRingStages, kSlots = kResidentSlots;
   using Role = Roles<kWarpgroups>;
   static constexpr int kStatisticBytes = kRows * sizeof(float);
@@ -81,48 +73,35 @@ struct KeyConsumer {
   float s[kRows / 2], dp[kRows / 2], dk[C::kD / 2], dv[C::kD / 2];
   std::uint32_t p[kRows / 16][4], ds[kRows / 16][4];
 
-  /// Every lane arrives for itself: each has read the stage's statistics.
-  __device__ void release(std::uint64_t* barrier) { barrier_arrive(barrier); }
+  /// The warp is done with a stage, statistics included.
+  __device__ void release(std::uint64_t* barrier) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+  }
 
-  /// One tile of queries; `previous` is the stage whose products for dk and dv are still in flight, or -1.
-  __device__ void step(std::uint32_t keys, std::uint32_t values, bool diagonal, int previous) {
+  /// One tile of queries. Each pair of products completes before the next step: the other warpgroups fill the tensor
+  /// cores meanwhile, and registers are short.
+  __device__ void step(std::uint32_t keys, std::uint32_t values, bool diagonal) {
     const int stage = ring.stage;
     const std::uint32_t queries = shared_address(shared.q[stage]), douts = shared_address(shared.dout[stage]);
     barrier_wait(&shared.q_full[stage], ring.parity);
     issue_product<C::kD>(s, keys, queries);
     barrier_wait(&shared.dout_full[stage], ring.parity);
     issue_product<C::kD>(dp, values, douts);
-    wgmma_wait<C::kOverlap == Overlap::none ? 0 : 1>();
+    wgmma_wait<0>();
     fence_registers(s);
-    if constexpr (C::kOverlap == Overlap::across) fence_registers(p), fence_registers(ds);
-    if (C::kOverlap == Overlap::across && previous >= 0)
-      release(&shared.q_empty[previous]), release(&shared.dout_empty[previous]);
-    if constexpr (C::kOverlap == Overlap::none) {
-#pragma unroll
-      for (int t = 0; t < kRows / 8; ++t) {
-        probabilities(t, s, p, shared.lse[stage], scale * kLog2e, diagonal);
-        score_gradient(t, s, dp, ds, shared.delta[stage]);
-      }
-    } else {
-#pragma unroll
-      for (int t = 0; t < kRows / 8; ++t) probabilities(t, s, p, shared.lse[stage], scale * kLog2e, diagonal);
-    }
+    fence_registers(dp);
+    probabilities(s, shared.lse[stage], scale * kLog2e, diagonal);
+    pack_operand<kRows / 2>(p, s);
+    score_gradient(ds, s, dp, shared.delta[stage]);
     issue_gradient<C::kD>(dv, p, douts, true);
-    if constexpr (C::kOverlap != Overlap::none) {
-      wgmma_wait<1>();
-      fence_registers(dp);
-#pragma unroll
-      for (int t = 0; t < kRows / 8; ++t) score_gradient(t, s, dp, ds, shared.delta[stage]);
-    }
     issue_gradient<C::kD>(dk, ds, queries, true);
-    if constexpr (C::kOverlap != Overlap::across) {
-      wgmma_wait<0>();
-      fence_registers(dv);
-      fence_registers(dk);
-      fence_registers(p);
-      fence_registers(ds);
-      release(&shared.q_empty[stage]), release(&shared.dout_empty[stage]);
-    }
+    wgmma_wait<0>();
+    fence_registers(dv);
+    fence_registers(dk);
+    fence_registers(p);
+    fence_registers(ds);
+    release(&shared.q_empty[stage]), release(&shared.dout_empty[stage]);
   }
 
   __device__ void skip() {
@@ -147,21 +126,15 @@ struct KeyConsumer {
     std::uint8_t *key_tile = shared.k[warpgroup][slot.stage], *value_tile = shared.v[warpgroup][slot.stage];
     barrier_wait(&shared.full[warpgroup][slot.stage], slot.parity);
     clear(dk), clear(dv);
-    int previous = -1;
     for (int g = 0; g < schedule.group; ++g)
       for (int row = work.tile * C::kWarpgroups * kRows; row < schedule.tokens; row += kRows, ring.advance()) {
         if (row < row0) {
           skip();
           continue;
         }
-        step(shared_address(key_tile), shared_address(value_tile), row == row0, previous);
+        step(shared_address(key_tile), shared_address(value_tile), row == row0);
         finish_store();
-        previous = ring.stage;
       }
-    wgmma_wait<0>();
-    fence_registers(dk);
-    fence_registers(dv);
-    if (C::kOverlap == Overlap::across) release(&shared.q_empty[previous]), release(&shared.dout_empty[previous]);
 
     named_barrier(1 + warpgroup, 128);  // every warp is done with the keys and values
     stage_accumulator<C::kD>(value_tile, dv, 1.f, 1.f);
@@ -190,18 +163,18 @@ __global__ __launch_bounds__(C::Role::kThreads, 1) void key_gradient_kernel(cons
   auto& shared = aligned_shared<typename C::Shared>();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
-    barriers_init(shared.q_full, 1), barriers_init(shared.q_empty, 128 * C::kWarpgroups);
-    barriers_init(shared.dout_full, 1), barriers_init(shared.dout_empty, 128 * C::kWarpgroups);
+    barriers_init(shared.q_full, 1), barriers_init(shared.q_empty, 4 * C::kWarpgroups);
+    barriers_init(shared.dout_full, 1), barriers_init(shared.dout_empty, 4 * C::kWarpgroups);
     for (int w = 0; w < C::kWarpgroups; ++w) barriers_init(shared.full[w], 1), barriers_init(shared.empty[w], 1);
     fence_barrier_init();
   }
   __syncthreads();
-  if (thread >= C::Role::kConsumers) {
+  if (warp_index() >= C::Role::kConsumers / 32) {
     C::Role::become_producer();
     if (thread == C::Role::kConsumers) produce_queries<C>(shared, maps, schedule, statistics);
   } else {
     C::Role::become_consumer();
-    KeyConsumer<C> consumer{shared, thread & 31, (thread >> 5) & 3, thread / 128, scale};
+    KeyConsumer<C> consumer{shared, thread & 31, warp_index() & 3, warp_index() / 4, scale};
     for (int n = 0; n * static_cast<int>(gridDim.x) < schedule.items; ++n) {
       const int item = scheduled_item(n);
       if (item >= schedule.items) continue;
@@ -235,13 +208,11 @@ void launch_key_gradient(const AttentionShape& shape, std::int64_t rows, const A
 void attention_key_gradient(const AttentionShape& shape, std::int64_t rows, const AttentionBackward& args,
                             cudaStream_t stream) {
   if (shape.head_dim == 32)
-    launch_key_gradient<KeyConfig<32, 3, 6, 2, Overlap::across>>(shape, rows, args, stream);
-  else if (shape.head_dim == 64 && shape.seq_len <= kShortSequence)
-    launch_key_gradient<KeyConfig<64, 2, 6, 2, Overlap::across>>(shape, rows, args, stream);
+    launch_key_gradient<KeyConfig<32, 3, 6, 2>>(shape, rows, args, stream);
   else if (shape.head_dim == 64)
-    launch_key_gradient<KeyConfig<64, 3, 6, 2, Overlap::none>>(shape, rows, args, stream);
+    launch_key_gradient<KeyConfig<64, 3, 6, 2>>(shape, rows, args, stream);
   else
-    launch_key_gradient<KeyConfig<128, 2, 4, 1, Overlap::within>>(shape, rows, args, stream);
+    launch_key_gradient<KeyConfig<128, 2, 3, 2>>(shape, rows, args, stream);
 }
 
 }  // namespace kiln::cuda

@@ -214,12 +214,12 @@ __global__ __launch_bounds__(C::Role::kThreads, 1) void query_gradient_kernel(co
     fence_barrier_init();
   }
   __syncthreads();
-  if (thread >= C::Role::kConsumers) {
+  if (warp_index() >= C::Role::kConsumers / 32) {
     C::Role::become_producer();
     if (thread == C::Role::kConsumers) produce_keys<C>(shared, maps, schedule);
   } else {
     C::Role::become_consumer();
-    QueryConsumer<C> consumer{shared, thread & 31, (thread >> 5) & 3, thread / 128, scale};
+    QueryConsumer<C> consumer{shared, thread & 31, warp_index() & 3, warp_index() / 4, scale};
     for (int n = 0; n * static_cast<int>(gridDim.x) < schedule.items; ++n) {
       const int item = scheduled_item(n);
       if (item >= schedule.items) continue;

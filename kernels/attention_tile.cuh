@@ -83,6 +83,10 @@ __device__ inline int scheduled_item(int n) {
   return n * blocks + ((n & 1) != 0 ? blocks - 1 - block : block);
 }
 
+/// The thread's warp. Taken from lane 0, so that the compiler sees one value per warp and keeps what follows from it,
+/// the operand descriptors of wgmma before all, in uniform registers.
+__device__ inline int warp_index() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) >> 5, 0); }
+
 // --- Roles ----------------------------------------------------------------------------------------------------------
 
 /// Threads 0 .. 128 kWarpgroups - 1 consume, and the last warpgroup produces with one thread. Its registers go to the

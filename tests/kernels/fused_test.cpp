@@ -136,6 +136,9 @@ TEST_CASE("attention's gradient with the inverse rotation in one kernel", "[gpu]
     for (const std::int64_t tokens : {65, 128, 300})
       check_pair(attention_pair({.heads = 4, .kv_heads = 2, .head_dim = dim, .seq_len = tokens}, 3), *gpu);
   check_pair(attention_pair({.heads = 8, .kv_heads = 8, .head_dim = 64, .seq_len = 256}, 4), *gpu);
+  for (const std::int64_t dim : {32, 64})
+    for (const std::int64_t tokens : {1, 65, 200})
+      check_pair(attention_pair({.heads = 3, .kv_heads = 3, .head_dim = dim, .seq_len = tokens}, 3), *gpu);
 }
 
 }  // namespace

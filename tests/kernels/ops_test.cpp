@@ -265,6 +265,9 @@ TEST_CASE("attention and its gradient on the GPU", "[gpu]") {
   check_case(attention_case({.heads = 8, .kv_heads = 1, .head_dim = 64, .seq_len = 1000}, 1), *gpu);
   check_case(attention_case({.heads = 2, .kv_heads = 2, .head_dim = 128, .seq_len = 1100}, 1), *gpu);
   check_case(attention_case({.heads = 8, .kv_heads = 8, .head_dim = 64, .seq_len = 256}, 20), *gpu);
+  for (const std::int64_t dim : {32, 64})  // short sequences without groups have a kernel of their own
+    for (const std::int64_t tokens : {1, 65, 200, 256})
+      check_case(attention_case({.heads = 3, .kv_heads = 3, .head_dim = dim, .seq_len = tokens}, 3), *gpu);
   for (std::int64_t seed = 0; seed < 2 * kDraws; ++seed) {
     Draw draw(static_cast<std::uint64_t>(500 + seed));
     const AttentionShape shape = draw_heads(draw);
