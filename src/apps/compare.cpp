@@ -107,7 +107,9 @@ void add_compare_command(CLI::App& app) {
   auto a = std::make_shared<CompareArguments>();
   command->add_option("config", a->config, "YAML configuration")->required();
   command->add_option("overrides", a->overrides, "section.key=value");
-  command->add_option("--optimizers", a->optimizers, "which, comma-separated")->delimiter(',')->capture_default_str();
+  command->add_option("--optimizers", a->optimizers, "values of optimizer.kind, comma-separated")
+      ->delimiter(',')
+      ->capture_default_str();
   command->add_option("--peak-lr", a->peak_lr, "one for all, or one for each")->delimiter(',');
   command->add_option("--merge-last", a->merge_last, "snapshots in the merge")->capture_default_str();
   command->add_option("--out", a->out, "directory of the runs, table.txt and report.html")->capture_default_str();

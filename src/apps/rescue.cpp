@@ -22,14 +22,14 @@ bool is_floating(DType dtype) {
   return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16 || dtype == DType::f16;
 }
 
-/// Neither moments in the basis of a projector, over its refreshes, nor quantised ones have a mean.
+/// Neither moments in the basis of a projector, over its refreshes, nor quantised ones, nor LoRA's factors have a mean.
 OptimizerStateMerge state_merge(const fs::path& checkpoint) {
   for (const fs::directory_entry& entry : fs::directory_iterator(checkpoint)) {
     const std::string name = entry.path().filename().string();
     if (!name.starts_with("optimizer-") || !name.ends_with(".safetensors")) continue;
     const SafetensorsReader states(entry.path());
     if (std::ranges::any_of(states.entries(), [](const SafetensorEntry& state) {
-          return state.name.ends_with(".projector") || !is_floating(state.dtype);
+          return state.name.ends_with(".projector") || state.name.ends_with(".lora_a") || !is_floating(state.dtype);
         }))
       return OptimizerStateMerge::keep_last;
   }

@@ -59,6 +59,12 @@ void check_same_states(const SafetensorsReader& first, const SafetensorsReader& 
           "{}: '{}' differs from that of {}: it was refreshed in between, and moments in two bases cannot be averaged; "
           "use --optimizer-state keep-last",
           other.path().string(), entry.name, first.path().string());
+    if (entry.name.ends_with(".lora_a") && !std::equal(a.begin(), a.end(), b.begin()))
+      fail(
+          ExitCode::data,
+          "{}: '{}' differs from that of {}, and the product of averaged factors is not the average of their products; "
+          "use --optimizer-state keep-last",
+          other.path().string(), entry.name, first.path().string());
   }
 }
 

@@ -35,7 +35,8 @@ struct OptimizerFiles {
 /// Opens what `merge` needs; nothing with `reset`. `newest` is one of `inputs`.
 /// error  usage: averaging with a negative weight, which could make a second moment negative
 ///        data: a checkpoint without states, states of other names, shapes or dtypes, or that are not f32, f64, bf16 or
-///        f16; a low-rank projector that was refreshed between the checkpoints, so that moments have no common basis
+///        f16; a low-rank projector that was refreshed between the checkpoints, so that moments have no common basis;
+///        factors of LoRA
 OptimizerFiles open_optimizer_files(const std::vector<MergeInput>& inputs, const MergeInput& newest,
                                     std::span<const double> weights, OptimizerStateMerge merge);
 

@@ -23,7 +23,10 @@ class AdamUpdate final : public UpdateOp {
     StatePrecision states = StatePrecision::fp32;  // vectors have fp32 instead of int8
   };
   AdamUpdate(Parameter parameter, const Options& options);
-  std::string_view name() const override { return "adam_update"; }
+  /// Codes and scales are other tensors than moments, so a device has another kernel for them.
+  std::string_view name() const override {
+    return stored_precision(parameter(), options_.states) == StatePrecision::int8 ? "adam8bit_update" : "adam_update";
+  }
   Cost cost(std::span<const TensorSpec> in) const override;
   static std::vector<StateSpec> states(const Parameter& parameter, StatePrecision precision = StatePrecision::fp32);
   static std::vector<StateSpec> states(const Parameter& parameter, const Options& options) {

@@ -171,6 +171,8 @@ Json to_json(const MemoryReport& report) {
             {"micro_batches", report.micro_batches},
             {"ranks", report.ranks},
             {"rank", report.rank},
+            {"states", to_string(report.states)},
+            {"projector_states", to_string(report.projector_states)},
             {"budget_bytes", optional_json(report.budget)},
             {"averages_host_bytes", report.averages_host},
             {"optimizers", Json::array()},

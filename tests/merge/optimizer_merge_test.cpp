@@ -11,14 +11,14 @@ const std::string kFile = "optimizer-00000-of-00001.safetensors";
 
 /// A checkpoint with AdamW-like states, and a projector whose values are `basis`.
 fs::path write_run_checkpoint(const TempDirectory& temp, std::int64_t step, double basis = 1.0,
-                              DType dtype = DType::f32) {
+                              DType dtype = DType::f32, const std::string& member_state = "projector") {
   const fs::path directory = temp / checkpoint_name(step);
   const auto value = static_cast<double>(step);
   CheckpointWriter writer(directory);
   write_safetensors(writer.directory() / "model.safetensors", {{"x", {DType::f32, {2}, {value, -value}}}});
   write_safetensors(writer.directory() / kFile, {{"x.exp_avg", {dtype, {2}, {0.5 * value, 3.0}}},
                                                  {"x.exp_avg_sq", {dtype, {2}, {value, value * value}}},
-                                                 {"x.projector", {DType::f32, {1}, {basis}}}});
+                                                 {"x." + member_state, {DType::f32, {1}, {basis}}}});
   writer.write_json("config.json", test_config());
   writer.write_json("state.json", {{"step", step}, {"tokens", 10 * step}});
   writer.commit();
@@ -67,6 +67,11 @@ TEST_CASE("states that have no average are refused before a byte is written") {
   SECTION("a refreshed projector") {
     options.inputs.push_back(write_run_checkpoint(temp, 2, 0.5));
     CHECK_THROWS_WITH(merge_checkpoints(options), ContainsSubstring("'x.projector' differs"));
+  }
+  SECTION("factors of LoRA") {
+    options.inputs = {write_run_checkpoint(temp, 1, 1.0, DType::f32, "lora_a"),
+                      write_run_checkpoint(temp, 2, 0.5, DType::f32, "lora_a")};
+    CHECK_THROWS_WITH(merge_checkpoints(options), ContainsSubstring("'x.lora_a' differs"));
   }
   SECTION("another dtype") {
     options.inputs.push_back(write_run_checkpoint(temp, 2, 1.0, DType::bf16));

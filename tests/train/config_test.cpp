@@ -82,6 +82,30 @@ TEST_CASE("a preset gives the sizes and keys override it") {
   CHECK(optimizer_options(parse("optimizer: {kind: adamw}\n")).eps == 1e-8);
 }
 
+TEST_CASE("a member has its own defaults, and takes over from another only what means the same") {
+  auto options = [](const std::string& optimizer) {
+    return optimizer_options(parse("optimizer: {" + optimizer + "}\n"));
+  };
+  CHECK(options("kind: fira").alpha == 0.25);
+  CHECK(options("kind: apollo").alpha == 1);
+  CHECK(options("kind: apollo_mini").alpha == 128);
+  CHECK(options("kind: lora").alpha == 32);
+  CHECK(options("kind: lora, alpha: 16").alpha == 16);
+  CHECK(options("kind: apollo").eps == 1e-6);
+  CHECK(options("kind: adam8bit").states == StatePrecision::int8);
+  CHECK(options("kind: fira").stagger);
+  CHECK_FALSE(options("kind: fira, projector: svd").stagger);
+  CHECK(options("kind: fira, projector: svd, stagger: true").stagger);
+  CHECK_THAT(error("optimizer: {kind: adam8bit, states: bf16}\n"), ContainsSubstring("adam8bit has int8 states"));
+
+  const Config fira = parse("optimizer: {kind: fira, alpha: 0.1, states: bf16, eps: 1.0e-7}\n");
+  CHECK(optimizer_options(with_optimizer(fira, OptimizerKind::galore)).alpha == 0.1);
+  CHECK(optimizer_options(with_optimizer(fira, OptimizerKind::apollo_mini)).alpha == 128);
+  CHECK(optimizer_options(with_optimizer(fira, OptimizerKind::apollo_mini)).states == StatePrecision::bf16);
+  CHECK(optimizer_options(with_optimizer(fira, OptimizerKind::adam8bit)).states == StatePrecision::int8);
+  CHECK(optimizer_options(with_optimizer(fira, OptimizerKind::muon)).eps == 1e-7);
+}
+
 TEST_CASE("settings of the contract that this version lacks are refused by name") {
   const std::string whole = "run: {dir: r}\nmodel: {preset: llama_9m}\ndata: {train: x}\n";
   check_supported(parse(whole));

@@ -388,6 +388,8 @@ TEST_CASE("JSON holds exact bytes and the tables say what fits", "[memory_report
   const MemoryReport report = memory_report(config, *communicator);
   const Json json = to_json(report);
   CHECK(json.at("parameters") == model_config(config).parameter_count());
+  CHECK(json.at("optimizers").size() == optimizer_kinds().size());  // the CPU trains with each
+  CHECK(json.at("states") == "fp32");
   const Json& adamw = json.at("optimizers").at(0);
   CHECK(adamw.at("optimizer") == "adamw");
   CHECK(adamw.at("formula").at("states") == 2 * 4 * model_config(config).parameter_count());
