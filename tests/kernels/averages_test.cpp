@@ -4,10 +4,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "base/rng.h"
 #include "catch.h"
 #include "io/checkpoint.h"
-#include "io/corpus_fixture.h"
+#include "kernels/run_config.h"
 #include "train/device.h"
 #include "train/model_files.h"
 #include "train/trainer.h"
@@ -18,21 +17,10 @@ namespace {
 namespace fs = std::filesystem;
 
 Config make_config(const Scratch& scratch, const std::string& weights) {
-  const Philox random(3, 3);
-  std::vector<std::int32_t> text;
-  for (std::uint64_t i = 0; i < 8000; ++i)
-    text.push_back(static_cast<std::int32_t>((i * 5 + random.bits(i) % 3) % 1000));
-  write_shard(scratch / "train.bin", text, 1000);
-  return parse_config(fmt::format("run: {{dir: {0}/run, seed: 3, device: cuda}}\n"
-                                  "model: {{hidden: 128, ffn: 200, heads: 4, kv_heads: 2, layers: 2, vocab: 1000}}\n"
-                                  "data: {{train: {0}/train.bin, valid: {0}/train.bin, seq_len: 33}}\n"
-                                  "batch: {{sequences: 12, micro: 3}}\n"
-                                  "schedule: {{kind: constant, peak_lr: 0.003, total_steps: 12}}\n"
-                                  "precision: {{weights: {1}}}\n"
-                                  "averages: [{{every: 1, count: 4}}, {{every: 2, count: 3, eval: false}}]\n"
-                                  "eval: {{every: 0, tokens: 640}}\n",
-                                  scratch.path().string(), weights),
-                      "test.yaml", {});
+  return run_config(scratch, weights,
+                    "schedule: {kind: constant, peak_lr: 0.003, total_steps: 12}\n"
+                    "averages: [{every: 1, count: 4}, {every: 2, count: 3, eval: false}]\n"
+                    "eval: {every: 0, tokens: 640}\n");
 }
 
 std::vector<float> values_of(const ModelWeights& weights) {

@@ -2,10 +2,9 @@
 #include "train/trainer.h"
 
 #include "base/files.h"
-#include "base/rng.h"
 #include "catch.h"
 #include "io/checkpoint.h"
-#include "io/corpus_fixture.h"
+#include "kernels/run_config.h"
 
 namespace kiln::test {
 namespace {
@@ -13,22 +12,10 @@ namespace {
 namespace fs = std::filesystem;
 
 Config make_config(const Scratch& scratch, const std::string& weights) {
-  const Philox random(3, 3);
-  std::vector<std::int32_t> text;
-  for (std::uint64_t i = 0; i < 8000; ++i)
-    text.push_back(static_cast<std::int32_t>((i * 5 + random.bits(i) % 3) % 1000));
-  write_shard(scratch / "train.bin", text, 1000);
-  return parse_config(fmt::format("run: {{dir: {0}/run, seed: 3, device: cuda}}\n"
-                                  "model: {{hidden: 128, ffn: 200, heads: 4, kv_heads: 2, layers: 2, vocab: 1000}}\n"
-                                  "data: {{train: {0}/train.bin, valid: {0}/train.bin, seq_len: 33}}\n"
-                                  "batch: {{sequences: 12, micro: 3}}\n"
-                                  "schedule: {{kind: cosine, peak_lr: 0.003, warmup_steps: 3, total_steps: 12}}\n"
-                                  "optimizer: {{kind: adamw}}\n"
-                                  "precision: {{weights: {1}}}\n"
-                                  "checkpoint: {{every: 5, keep: 2}}\n"
-                                  "eval: {{every: 6, tokens: 640}}\n",
-                                  scratch.path().string(), weights),
-                      "test.yaml", {});
+  return run_config(scratch, weights,
+                    "schedule: {kind: cosine, peak_lr: 0.003, warmup_steps: 3, total_steps: 12}\n"
+                    "checkpoint: {every: 5, keep: 2}\n"
+                    "eval: {every: 6, tokens: 640}\n");
 }
 
 /// Every weight and optimizer state, byte for byte.
