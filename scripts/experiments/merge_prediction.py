@@ -131,7 +131,19 @@ class Experiment:
         prediction["share"] = share
         return prediction
 
+    def claim(self):
+        """Results of other settings are not mixed in: what is kept in OUT was made with these."""
+        mine = {"config": str(self.arguments.config), "overrides": self.arguments.overrides, "steps": self.total,
+                "snapshots": self.arguments.snapshots, "counts": self.arguments.counts,
+                "strides": self.arguments.strides, "tokens": self.arguments.tokens,
+                "device": self.arguments.device}  # fmt: skip
+        path = self.out / "arguments.json"
+        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(mine)):
+            fail(f"{self.out} holds results of other arguments ({path}); give another --out")
+        write(path, json.dumps(mine, indent=1) + "\n")
+
     def run(self):
+        self.claim()
         by_seed = {}
         for seed in self.arguments.seeds:
             run = self.trunk(seed)

@@ -18,20 +18,11 @@ std::vector<fs::path> checkpoints_before(const Config& config, std::int64_t step
   return select_checkpoints(found, static_cast<std::size_t>(config.rescue.checkpoints), 1);
 }
 
-bool is_floating(DType dtype) {
-  return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16 || dtype == DType::f16;
-}
-
-/// Neither moments in the basis of a projector, over its refreshes, nor quantised ones, nor LoRA's factors have a mean.
 OptimizerStateMerge state_merge(const fs::path& checkpoint) {
   for (const fs::directory_entry& entry : fs::directory_iterator(checkpoint)) {
     const std::string name = entry.path().filename().string();
     if (!name.starts_with("optimizer-") || !name.ends_with(".safetensors")) continue;
-    const SafetensorsReader states(entry.path());
-    if (std::ranges::any_of(states.entries(), [](const SafetensorEntry& state) {
-          return state.name.ends_with(".projector") || state.name.ends_with(".lora_a") || !is_floating(state.dtype);
-        }))
-      return OptimizerStateMerge::keep_last;
+    if (lack_a_mean(SafetensorsReader(entry.path()))) return OptimizerStateMerge::keep_last;
   }
   return OptimizerStateMerge::average;
 }
@@ -52,11 +43,11 @@ void merge_before(const Config& config, const Divergence& divergence, const std:
   log_warning("{}", divergence.what());
   log_warning(
       "rescue {} of {}: {} is the mean of {} checkpoint{}, steps {} to {}, with optimizer states {}; training goes on "
-      "after step {} at sample {}, behind the offending batch",
+      "after step {} at sample {}, {} batches behind the start of the offending one",
       at.rescues + 1, config.rescue.limit, out.string(), checkpoints.size(), checkpoints.size() == 1 ? "" : "s",
       checkpoint_step(checkpoints.front()).value(), checkpoint_step(checkpoints.back()).value(),
       states == OptimizerStateMerge::average ? "averaged" : "of the newest",
-      checkpoint_step(checkpoints.back()).value(), position);
+      checkpoint_step(checkpoints.back()).value(), position, config.rescue.skip);
 }
 
 }  // namespace

@@ -35,12 +35,27 @@ std::vector<std::string> optimizer_names(const MergeInput& input) {
   return names;
 }
 
+bool is_floating(DType dtype) {
+  return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16 || dtype == DType::f16;
+}
+
+/// The limiter of a matrix whose moments lie in a random basis, drawn anew at every refresh.
+bool has_random_basis(const SafetensorsReader& file, const SafetensorEntry& entry) {
+  constexpr std::string_view kLimiter = ".limiter_norm";
+  if (!entry.name.ends_with(kLimiter)) return false;
+  return file.find(entry.name.substr(0, entry.name.size() - kLimiter.size()) + ".projector") == nullptr;
+}
+
 void check_averageable(const SafetensorsReader& file, const SafetensorEntry& entry) {
-  const bool floating =
-      entry.dtype == DType::f32 || entry.dtype == DType::f64 || entry.dtype == DType::bf16 || entry.dtype == DType::f16;
-  if (!floating)
+  if (!is_floating(entry.dtype))
     fail(ExitCode::data, "{}: optimizer state '{}' is {} and cannot be averaged; use --optimizer-state keep-last",
          file.path().string(), entry.name, to_string(entry.dtype));
+  if (has_random_basis(file, entry))
+    fail(ExitCode::data,
+         "{}: '{}' belongs to moments in a random basis, which changes between checkpoints, and they cannot be "
+         "averaged; "
+         "use --optimizer-state keep-last",
+         file.path().string(), entry.name);
 }
 
 void check_same_states(const SafetensorsReader& first, const SafetensorsReader& other) {
@@ -104,6 +119,13 @@ OptimizerStateMerge parse_optimizer_state_merge(std::string_view name) {
   const auto* found = std::find_if(kMerges.begin(), kMerges.end(), [&](const Named& n) { return n.name == name; });
   check(found != kMerges.end(), "optimizer state '{}' does not exist; use one of reset, keep-last, average", name);
   return found->merge;
+}
+
+bool lack_a_mean(const SafetensorsReader& states) {
+  return std::ranges::any_of(states.entries(), [&](const SafetensorEntry& state) {
+    return state.name.ends_with(".projector") || state.name.ends_with(".lora_a") || !is_floating(state.dtype) ||
+           has_random_basis(states, state);
+  });
 }
 
 OptimizerFiles open_optimizer_files(const std::vector<MergeInput>& inputs, const MergeInput& newest,

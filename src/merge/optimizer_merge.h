@@ -18,6 +18,10 @@ enum class OptimizerStateMerge {
   average,    ///< averaged with the weights of the model
 };
 
+/// Whether states of different steps have no mean: moments in the basis of a projector, or in random ones that are
+/// drawn anew and not stored (APOLLO: a limiter's norm without a projector), quantised ones, and factors of LoRA.
+bool lack_a_mean(const SafetensorsReader& states);
+
 /// "reset", "keep-last", "average"; a usage Error lists what exists.
 std::string_view to_string(OptimizerStateMerge merge);
 OptimizerStateMerge parse_optimizer_state_merge(std::string_view name);
@@ -36,7 +40,7 @@ struct OptimizerFiles {
 /// error  usage: averaging with a negative weight, which could make a second moment negative
 ///        data: a checkpoint without states, states of other names, shapes or dtypes, or that are not f32, f64, bf16 or
 ///        f16; a low-rank projector that was refreshed between the checkpoints, so that moments have no common basis;
-///        factors of LoRA
+///        factors of LoRA; moments in random bases (APOLLO)
 OptimizerFiles open_optimizer_files(const std::vector<MergeInput>& inputs, const MergeInput& newest,
                                     std::span<const double> weights, OptimizerStateMerge merge);
 

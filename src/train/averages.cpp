@@ -134,15 +134,12 @@ FinishedAverage Averages::finish(std::size_t index) {
   if (worker_) worker_->wait();
   Window& window = windows_[index];
   FinishedAverage average{
-      .name = window.name, .evaluate = window.options.evaluate, .taken = window.taken, .weights = *scratch_};
+      .name = window.name, .evaluate = window.options.evaluate, .taken = window.taken, .weights = scratch_.get()};
   window.taken.clear();
   for (std::size_t p = 0; keeps_sums_ && p < offsets_.size(); ++p) {
     const Parameter& parameter = scratch_->table().parameters[p];
     const std::span<float> mean = scratch_->view(parameter).span<float>();
-    if (!round_sum(sums_of(window, p), DType::f32, std::as_writable_bytes(mean)))
-      fail(ExitCode::diverged,
-           "{}: the average {} of '{}' up to step {} is not finite; resume from an older checkpoint", config_.run.dir,
-           window.name, parameter.name, average.taken.back().step);
+    average.finite = round_sum(sums_of(window, p), DType::f32, std::as_writable_bytes(mean)) && average.finite;
   }
   return average;
 }

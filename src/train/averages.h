@@ -18,7 +18,9 @@ struct FinishedAverage {
   std::string name;                // of its window
   bool evaluate = true;            // whether its loss is asked for
   std::vector<RunPosition> taken;  // where its weights stood, oldest first
-  const ModelWeights& weights;     // f32; written on the rank that keeps sums, for the others to fill
+  const ModelWeights* weights;     // f32; written on the rank that keeps sums, for the others to fill if `evaluate`,
+                                   // null where nobody needs them
+  bool finite = true;              // as far as this rank knows
 };
 /// merge.json of an average, as a merge of snapshots of those steps writes it, with the window's name for their paths.
 Json provenance(const FinishedAverage& average);

@@ -4,7 +4,8 @@
 
 namespace kiln {
 
-/// A run that must not go on from here: a loss or gradient norm that is not finite, whose update changed nothing, or a
+/// A run that must not go on from here: a loss or gradient norm that is not finite, whose update changed nothing
+/// (with memory.update: in_backward, nothing from the gradient on that was not finite), or a
 /// spike of the loss. Thrown by every rank at the same step; exit code 5 unless somebody rescues the run.
 class Divergence : public Error {
  public:

@@ -283,18 +283,23 @@ void Trainer::finish_averages(StepMetrics& metrics) {
   for (const std::size_t window : averages_->full()) {
     const auto begin = std::chrono::steady_clock::now();
     const FinishedAverage average = averages_->finish(window);
+    // Every rank leaves together, so that the run can be rescued.
+    if (communicator_.maximum(average.finite ? 0 : 1) > 0)
+      throw Divergence(fmt::format("{}: the average {} up to step {} is not finite; resume from an older checkpoint",
+                                   config_.run.dir, average.name, at_.step),
+                       at_);
     if (options_.write_files && communicator_.rank() == 0)
       save_snapshot(averages_of(config_) / ("window_" + average.name) / checkpoint_name(at_.step),
-                    {average.weights, states_, to_json(config_), config_.data.tokenizer}, at_, DType::f32,
+                    {*average.weights, states_, to_json(config_), config_.data.tokenizer}, at_, DType::f32,
                     provenance(average));
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
     metrics.average_ms = metrics.average_ms.value_or(0) + ms.count();
     if (!valid_ || !average.evaluate) continue;
     for (std::size_t s = 0; s < device_weights_.count(); ++s) {
-      const Tensor storage = average.weights.storage(s);
+      const Tensor storage = average.weights->storage(s);
       communicator_.broadcast({static_cast<std::byte*>(storage.data), storage.bytes()});
     }
-    device_weights_.with(average.weights, [&] { metrics.average_loss.push_back({average.name, evaluate().loss}); });
+    device_weights_.with(*average.weights, [&] { metrics.average_loss.push_back({average.name, evaluate().loss}); });
     if (outputs_ && outputs_->progress)
       outputs_->progress->message(fmt::format("average {} at step {}: validation loss {:.4f}", average.name, at_.step,
                                               metrics.average_loss.back().loss));

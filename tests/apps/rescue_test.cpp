@@ -104,6 +104,13 @@ TEST_CASE("states in the basis of a projector are kept and not averaged") {
   CHECK_THAT(outcome.text, ContainsSubstring("with optimizer states of the newest"));
 }
 
+TEST_CASE("moments in random bases are kept and not averaged") {
+  const Spiky at;
+  const Outcome outcome = at.train("optimizer.kind=apollo optimizer.refresh=4 rescue.limit=20 rescue.spike=1.3");
+  INFO(outcome.text);
+  CHECK_THAT(outcome.text, ContainsSubstring("with optimizer states of the newest"));
+}
+
 TEST_CASE("rescue settings that do not fit are refused") {
   const Workspace at;
   const auto refused = [&](const std::string& settings, const std::string& text) {

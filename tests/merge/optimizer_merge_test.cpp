@@ -73,6 +73,11 @@ TEST_CASE("states that have no average are refused before a byte is written") {
                       write_run_checkpoint(temp, 2, 0.5, DType::f32, "lora_a")};
     CHECK_THROWS_WITH(merge_checkpoints(options), ContainsSubstring("'x.lora_a' differs"));
   }
+  SECTION("moments in random bases") {
+    options.inputs = {write_run_checkpoint(temp, 1, 1.0, DType::f32, "limiter_norm"),
+                      write_run_checkpoint(temp, 2, 1.0, DType::f32, "limiter_norm")};
+    CHECK_THROWS_WITH(merge_checkpoints(options), ContainsSubstring("'x.limiter_norm' belongs to moments in a random"));
+  }
   SECTION("another dtype") {
     options.inputs.push_back(write_run_checkpoint(temp, 2, 1.0, DType::bf16));
     CHECK_THROWS_WITH(merge_checkpoints(options), ContainsSubstring("has another shape or dtype"));

@@ -178,8 +178,8 @@ TEST_CASE("weights that come as bf16 halves through a copy give the same sums as
     CHECK(behind.take(at).has_value());
     CHECK(at_once.full() == behind.full());
     for (const std::size_t window : at_once.full()) {
-      const std::vector<float> mean = values_of(at_once.finish(window).weights);
-      CHECK(values_of(behind.finish(window).weights) == mean);
+      const std::vector<float> mean = values_of(*at_once.finish(window).weights);
+      CHECK(values_of(*behind.finish(window).weights) == mean);
       CHECK(std::abs(mean[5]) > 0);
     }
   }
@@ -211,6 +211,9 @@ TEST_CASE("a rank that keeps no sums knows what is due, and an overfull window i
   CHECK(counts.take({.step = 4}).has_value());
   CHECK(counts.any_full());
   CHECK_THROWS_WITH(counts.take({.step = 6}), ContainsSubstring("2x2 is full"));
+  const FinishedAverage average = counts.finish(0);
+  CHECK(average.taken.size() == 2);
+  CHECK(average.weights == nullptr);
 }
 
 TEST_CASE("windows are read, written and checked like any key") {
