@@ -151,7 +151,8 @@ TEST_CASE("a checkpoint without averages, or with other windows, begins them ane
   CHECK(checkpoint_step(found[0]) == 24);  // 16 18 20 22 24
   Config larger = run.config;
   larger.model.ffn = 48;
-  const DeviceWeights weights(load_model(checkpoint));
+  const ModelWeights loaded = load_model(checkpoint);
+  const DeviceWeights weights(loaded);
   Averages fits(run.config, weights, true);
   fits.load(checkpoint);
   const ModelWeights another(model_config(larger), DType::f32);
