@@ -3,16 +3,15 @@
 
 #include <cstdint>
 
-/// GaLore, Fira and APOLLO on the GPU: all matrices of a plan in a handful of launches, whatever their number.
+/// GaLore and Fira on the GPU: all matrices of a plan in a handful of launches, whatever their number.
 ///
 /// The long side of W [m,n] counts vectors (rows where m >= n, else columns), the short side is projected: with the
 /// basis Q [short, r], R = clip G Q for every vector, N = m / (sqrt(v) + eps) and phi = ||N|| / (||R|| + 1e-8), one
 /// step is W <- keep (W - back (N - inside c phi R) Q' - outside c phi clip G), c the norm-growth limiter's factor.
-/// optim/low_rank_adam.h and optim/apollo.h have the members; here they differ in these coefficients:
+/// optim/low_rank_adam.h has the members; here they differ in these coefficients:
 ///              back        inside   outside           k of ||S||^2
 ///   GaLore     lr_t alpha  0        0
 ///   Fira       lr_t alpha  1        lr_t alpha (paper) or lr_t (reference)   1 or alpha
-///   APOLLO     0           -        lr_t scale        0
 namespace kiln::cuda {
 
 /// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.

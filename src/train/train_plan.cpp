@@ -5,6 +5,7 @@
 #include "dist/all_reduce.h"
 #include "ops/loss_sum.h"
 #include "optim/gradient_norm.h"
+#include "optim/projector.h"
 
 namespace kiln {
 namespace {
@@ -20,6 +21,22 @@ void check_in_backward(const TrainPlanOptions& options) {
       "memory.update: in_backward with optimizer.clip_norm {}, which needs the norm of all gradients before the first "
       "update; set optimizer.clip_norm: 0, or memory.update: after_backward",
       options.clip_norm);
+}
+
+/// Padding must not turn a matrix's side or change its rank: states in files are those of the unpadded one.
+void check_padding(const TrainPlanOptions& options, const ParameterTable& padded) {
+  if (options.layout.multiple == 1 || options.optimizer.kind == OptimizerKind::adamw) return;
+  const ParameterTable table = llama_parameters(options.model, DType::f32);
+  for (std::size_t p = 0; p < table.parameters.size(); ++p) {
+    const Shape &mine = table.parameters[p].shape, &stored = padded.parameters[p].shape;
+    if (!table.parameters[p].low_rank) continue;
+    const auto rank = [&](const Shape& shape) { return std::min({options.optimizer.rank, shape[0], shape[1]}); };
+    check(projection_side(mine) == projection_side(stored) && rank(mine) == rank(stored),
+          "{}: {} is stored as {} on this device, whose subspace is another one; use a model.ffn that is a multiple of "
+          "{}, "
+          "or train on the CPU",
+          table.parameters[p].name, mine.str(), stored.str(), options.layout.multiple);
+  }
 }
 
 /// The storages in the order in which backward is done with them.
@@ -122,6 +139,7 @@ TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& commu
                   .lows = {},
                   .state_specs = {},
                   .states = {}};
+  check_padding(options, train.table);
   Plan& plan = train.plan;
   train.values = record_llama(plan, options.model, options.layout, options.micro, LlamaOutput::losses_and_gradients,
                               options.micro.seq_len, options.recompute);

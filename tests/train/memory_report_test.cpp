@@ -81,6 +81,22 @@ std::uint64_t activations_kept_for_backward(const Plan& plan) {
   return bytes;
 }
 
+TEST_CASE("padding that would turn the side of a low-rank matrix is refused") {
+  const auto communicator = make_local_communicator();
+  const auto options = [](const std::string& ffn, const std::string& optimizer) {
+    const std::vector<std::string> overrides{"model.ffn=" + ffn, "optimizer.kind=" + optimizer};
+    const Config config = parse_config("model: {hidden: 64, heads: 2, layers: 1, vocab: 64}\n", "test.yaml", overrides);
+    return TrainPlanOptions{.model = model_config(config),
+                            .optimizer = optimizer_options(config),
+                            .micro = {.sequences = 1, .seq_len = 8},
+                            .layout = {DType::bf16, 64}};
+  };
+  CHECK_THROWS_WITH(record_train_plan(options("40", "fira"), *communicator),
+                    ContainsSubstring("whose subspace is another"));
+  record_train_plan(options("100", "fira"), *communicator);
+  record_train_plan(options("40", "adamw"), *communicator);
+}
+
 }  // namespace
 
 TEST_CASE("The formulas of optimizer states are those of the papers", "[memory_report]") {
