@@ -313,8 +313,7 @@ RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank
   return s;
 }
 
-void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options,
-                      int multiprocessors) {
+void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
   static_assert(kSharedBytes >= 2 * kLargestRefreshRank * kWarps * sizeof(float));
   static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::rows, true>::kSharedBytes);
   static_assert(kSharedBytes >= 2 * kBlock * kPitch * sizeof(double));
@@ -328,7 +327,7 @@ void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, 
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(multiprocessors);
+  config.gridDim = static_cast<unsigned>(table.multiprocessors);
   config.blockDim = kTileThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = table.stream;
