@@ -19,13 +19,13 @@ namespace kiln::cuda {
 
 /// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.
 struct LowRankMatrix {
-  CUtensorMap gradient;    // of g: low_rank_gradient_map
-  std::uint16_t* w;        // bf16 [m,n]
-  std::uint16_t* low;      // lower halves of the f32 masters; null: stochastic rounding
-  const float* g;          // [m,n]
-  float* q;                // [short, r]
-  float *moment, *square;  // [long, r]
-  float* limiter;          // [1]
+  CUtensorMap gradient, weights, lower;  // of g, w and low: map_tensors
+  std::uint16_t* w;                      // bf16 [m,n]
+  std::uint16_t* low;                    // lower halves of the f32 masters; null: stochastic rounding
+  const float* g;                        // [m,n]
+  float* q;                              // [short, r]
+  float *moment, *square;                // [long, r]
+  float* limiter;                        // [1]
   std::int32_t m, n, rank;
   std::int32_t refresh_offset;  // of (step - 1) mod refresh
   std::uint64_t stream;         // of random numbers
@@ -69,8 +69,10 @@ struct LowRankTable {
   cudaStream_t stream;
 };
 
-/// How the copy engine reads the gradient of `matrix`. On the host.
-CUtensorMap low_rank_gradient_map(const LowRankMatrix& matrix);
+/// Boxes of G are 32 columns of 128 rows where vectors are rows, else of 64; of W and its lower halves 32 of 128.
+inline constexpr int kBoxColumns = 32, kBoxRows = 128, kBoxRowsLeft = 64;
+/// Fills in the tensor maps of `matrix`, on the host.
+void map_tensors(LowRankMatrix& matrix);
 /// Of a bf16 copy of [rows, columns] as panels.
 std::size_t low_rank_panel_bytes(int rows, int columns);
 
@@ -98,9 +100,15 @@ void low_rank_apply(const LowRankTable& table);
 
 /// Scratch of a refresh, of one matrix at a time.
 struct RefreshScratch {
-  float *inner, *outer;           // [long, r], [short, r]
-  double *gram, *square;          // [r, r]; [r], its diagonal before it is factored
-  std::uint32_t *barrier, *lost;  // [1], zero; [1], whether a column was lost
+  float* inner;                     // [long, r]: G Q
+  float *outer, *other;             // [short, r]: G' G Q on its way to orthonormal columns
+  float* basis;                     // [short, r]: the basis between passes
+  float* parts;                     // sums of parts of a product's depth
+  double* gram_parts;               // the same of the Gram matrix
+  double *gram, *inverse, *square;  // [r, r], upper; [r, r], lower: of its factor's transpose; [r]: its diagonal
+  float* triangle;                  // [r, r]: what the columns are multiplied by, transposed
+  std::uint32_t* barrier;           // [1], zero
+  std::uint32_t *lost, *large;      // [1]: a column was lost; an angle is not small
 };
 struct RefreshPasses {
   int passes;       // of Q <- orth(G' (G Q)) at a refresh
@@ -112,8 +120,8 @@ inline constexpr int kLargestRefreshRank = 1536;
 std::size_t refresh_scratch_bytes(int vectors, int side, int rank);
 RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank);
 /// New bases of the matrices that are due at this step, one after another, each by all multiprocessors: block power
-/// iteration with CholeskyQR2 in f64. One launch, which ends at once when none is due. `count` is the number of
-/// matrices.
+/// iteration, and CholeskyQR in f64. One launch, which ends at once when none is due. `count` is the number of
+/// matrices. A gradient that has no subspace of this rank leaves its basis.
 void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options);
 
 }  // namespace kiln::cuda

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "kernels/hopper.cuh"
+#include "kernels/gemm_hopper_ptx.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/low_rank.cuh"
 #include "kernels/low_rank_panels.cuh"
@@ -12,29 +12,29 @@
 ///
 /// A block walks along the tiles of the same 128 vectors: their panel of A stays in shared memory (128 KB at r = 512)
 /// and Q streams past it, so that L2 gives 2 r / 128 bytes a parameter, half of what two streams would take. Two
-/// warpgroups multiply 64 rows each. Their warps fetch G, W and its lower halves several pieces ahead, across tiles, so
-/// that 48 to 96 KB a multiprocessor are in flight while the tensor cores work. The copies are asynchronous: loads to
-/// registers would share the six scoreboards of a warp with the tables, and each wait for one wait for all.
+/// warpgroups take turns at whole tiles: one multiplies while the other updates weights. G, W and its lower halves come
+/// in slices of 32 columns, up to a tile ahead, through the copy engine too: loads of the warps' own would queue before
+/// their stores and reads of shared memory.
 ///
 /// At m n = 1.2e9 and r = 512: device memory 14.6 GB, 4.9 ms; L2 24 GB, 4.4 ms at 5.5 TB/s; products 2.1 ms.
 namespace kiln::cuda {
 namespace {
 
 constexpr int kThreads = 384, kGroups = 2, kTileSide = 128;
-constexpr int kPieces = 8;  // groups of eight elements that a thread has of a tile
-constexpr int kPieceBytes = 64 * 128 * kGroups;
+constexpr int kSlices = kTileSide / kBoxColumns, kSliceElements = kTileSide * kBoxColumns;
+constexpr int kHigh = 4 * kSliceElements, kLow = kHigh + 2 * kSliceElements, kSliceBytes = kLow + 2 * kSliceElements;
 
-/// Shared memory: slots of the panel, stages of Q, pieces that are fetched ahead, 16 KB each.
+/// Shared memory: slots of the panel and stages of Q, 16 KB each; slices of tiles, 32 KB each.
 template <int kSlotsValue, int kStagesValue, int kAheadValue>
 struct Config {
   static constexpr int kSlots = kSlotsValue, kStages = kStagesValue, kAhead = kAheadValue;
   static constexpr int kFetched = (kSlots + kStages) * kPanelPartBytes;
-  static constexpr int kBarriers = kFetched + kAhead * kPieceBytes;
-  static constexpr int kSharedBytes = kBarriers + 2 * (kSlots + kStages) * 8;
-  static_assert(kPieceBytes == kPanelPartBytes && kSharedBytes <= 232448);
+  static constexpr int kBarriers = kFetched + kAhead * kSliceBytes;
+  static constexpr int kSharedBytes = kBarriers + 2 * (kSlots + kStages + kAhead) * 8;
+  static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
 };
-using Low = Config<4, 4, 6>;   // ranks up to 256
-using High = Config<8, 3, 3>;  // a panel of a rank above 512 is loaded for every tile
+using Low = Config<4, 2, 4>;   // ranks up to 256
+using High = Config<8, 2, 2>;  // a panel of a rank above 512 is loaded for every tile
 
 struct Apply {
   double back, outside, beta1, beta2, weight_decay;
@@ -64,22 +64,28 @@ struct Walk {
 };
 
 template <class C>
-struct Barriers {
-  std::uint64_t *panel_full, *panel_empty, *full, *empty;
+struct Barriers {  // stages are given back by the warps of one warpgroup
+  std::uint64_t *panel_full, *panel_empty, *full, *empty, *slice_full, *slice_empty;
   __device__ explicit Barriers(std::byte* memory) {
     panel_full = reinterpret_cast<std::uint64_t*>(memory + C::kBarriers);
     panel_empty = panel_full + C::kSlots;
     full = panel_empty + C::kSlots;
     empty = full + C::kStages;
+    slice_full = empty + C::kStages;
+    slice_empty = slice_full + C::kAhead;
   }
   __device__ void init() const {
     for (int i = 0; i < C::kSlots; ++i) {
       barrier_init(&panel_full[i], 1);
-      barrier_init(&panel_empty[i], 4 * kGroups);
+      barrier_init(&panel_empty[i], 4);
     }
     for (int i = 0; i < C::kStages; ++i) {
       barrier_init(&full[i], 1);
-      barrier_init(&empty[i], 4 * kGroups);
+      barrier_init(&empty[i], 4);
+    }
+    for (int i = 0; i < C::kAhead; ++i) {
+      barrier_init(&slice_full[i], 1);
+      barrier_init(&slice_empty[i], 4);
     }
     fence_barrier_init();
   }
@@ -114,90 +120,80 @@ __device__ void produce(const Walk<C>& walk, std::byte* memory, const Barriers<C
   }
 }
 
-/// A thread's elements of a tile: piece i is row `row` + 8 (i % 2), columns `column` + 32 (i / 2) and the next seven.
-/// What the matrix's table entry says is copied: it would be read again after every store.
+/// Slices of tiles of G, W and the lower halves.
+template <class C, bool kGradient>
+__device__ void produce_slices(const Walk<C>& walk, std::byte* memory, const Barriers<C>& at) {
+  RingIndex<C::kAhead> ring;
+  ring.parity = 1;
+  for (int tile = walk.first; tile < walk.last; ++tile) {
+    const LowRankPiece piece = walk.piece(tile);
+    const LowRankMatrix& t = walk.matrices[piece.matrix];
+    const bool low = t.low != nullptr, right = t.right;
+    for (int slice = 0; slice < kSlices; ++slice, ring.advance()) {
+      std::byte* to = memory + C::kFetched + ring.stage * kSliceBytes;
+      std::uint64_t* full = &at.slice_full[ring.stage];
+      const int column = piece.column + slice * kBoxColumns;
+      barrier_wait(&at.slice_empty[ring.stage], ring.parity);
+      barrier_expect(full, (kGradient ? kHigh : 0) + (kLow - kHigh) * (low ? 2 : 1));
+      if (kGradient) {
+        tensor_load(to, &t.gradient, full, 2 * column, piece.row, 0);
+        if (!right) tensor_load(to + kHigh / 2, &t.gradient, full, 2 * column, piece.row + kBoxRowsLeft, 0);
+      }
+      tensor_load(to + kHigh, &t.weights, full, column, piece.row, 0);
+      if (low) tensor_load(to + kLow, &t.lower, full, column, piece.row, 0);
+    }
+  }
+}
+
+/// A thread's elements of a tile: in slice i, columns `column` + 32 i and the next seven of rows `row` + 8 h + 64 f, h
+/// and f 0 or 1. What the matrix's table entry says is copied: it would be read again after every store.
 struct Place {
   std::uint16_t *w, *low;
-  const float *g, *phi, *factor;
+  const float *phi, *factor;
   std::uint64_t stream;
-  int m, n, row, column;
+  int m, n, row, column, parts;
   bool right, decay;
 
   /// The operand whose rows are columns of W lies permuted: the eight are neighbours.
   __device__ Place(const LowRankMatrix& t, const LowRankPiece& piece)
       : w(t.w),
         low(t.low),
-        g(t.g),
         phi(t.phi),
         factor(t.factor),
         stream(t.stream),
         m(t.m),
         n(t.n),
+        parts(panel_parts(t.rank)),
         right(t.right),
         decay(t.decay) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
     row = piece.row + thread / 32 * 16 + lane / 4;
     column = piece.column + 8 * (lane % 4);
   }
-  __device__ int row_of(int i) const { return row + 8 * (i % 2); }
-  __device__ int column_of(int i) const { return column + 32 * (i / 2); }
-  __device__ bool inside(int i) const { return row_of(i) < m && column_of(i) < n; }
-  __device__ std::int64_t at(int i) const { return static_cast<std::int64_t>(row_of(i)) * n + column_of(i); }
 };
 
-__device__ void copy16(std::uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
+/// A thread's part of half a slice: two rows of eight elements.
+struct Slice {
+  float4 g[2][2];
+  uint4 high[2], low[2];
 
-/// Pieces of G, W and lower halves on their way, a ring of each warp's own: 8 rows of 32 columns.
-template <class C, bool kGradient>
-struct Fetcher {
-  static constexpr int kWarpBytes = kPieceBytes / (4 * kGroups), kHigh = 1024, kLow = 1536;
-  std::byte* ring;  // of this warp
-  int lane, slot = 0;
-
-  __device__ explicit Fetcher(std::byte* memory)
-      : ring(memory + C::kFetched + static_cast<int>(threadIdx.x) / 32 * kWarpBytes * C::kAhead),
-        lane(static_cast<int>(threadIdx.x) % 32) {}
-
-  /// Starts the fetch of piece i of a tile into the slot that take() freed. Four neighbouring lanes copy 64 bytes of a
-  /// row at a time. Outside W nothing is fetched.
-  __device__ void start(const Place& p, int i) const {
-    const std::uint32_t to = shared_address(ring + slot * kWarpBytes);
-    const int row = lane / 4, part = lane % 4;
-    if (p.row_of(i) < p.m) {
+  /// `memory` holds a slice as the copy engine leaves it: chunks of 16 bytes are exchanged by the row.
+  template <bool kGradient>
+  __device__ void read(const std::byte* memory, int f) {
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, q = lane % 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = thread / 32 * 16 + lane / 4 + 8 * h + 64 * f;
       if constexpr (kGradient) {
-        const std::int64_t first = p.at(i) - 8 * part;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int chunk = 4 * half + part;
-          if (p.column_of(i) - 8 * part + 4 * chunk < p.n)
-            copy16(to + row * 128 + (chunk ^ (row & 1)) * 16, p.g + first + 4 * chunk);
-        }
+        for (int i = 0; i < 2; ++i)
+          g[h][i] = *reinterpret_cast<const float4*>(memory + row * 128 + ((2 * q + i) ^ (row & 7)) * 16);
       }
-      if (p.column_of(i) < p.n) {
-        copy16(to + kHigh + lane * 16, p.w + p.at(i));
-        if (p.low != nullptr) copy16(to + kLow + lane * 16, p.low + p.at(i));
-      }
+      const int at = row * 64 + (q ^ (row >> 1 & 3)) * 16;
+      high[h] = *reinterpret_cast<const uint4*>(memory + kHigh + at);
+      low[h] = *reinterpret_cast<const uint4*>(memory + kLow + at);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
   }
-  /// Waits for the oldest piece: eight elements of G, of W and lower halves.
-  __device__ void take(float4 (&g)[2], uint4& high, uint4& low) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(C::kAhead - 1) : "memory");
-    __syncwarp();
-    const std::byte* from = ring + slot * kWarpBytes;
-    const int row = lane / 4, chunk = lane % 4 * 2;
-    if constexpr (kGradient) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        g[half] = *reinterpret_cast<const float4*>(from + row * 128 + ((chunk + half) ^ (row & 1)) * 16);
-    }
-    high = *reinterpret_cast<const uint4*>(from + kHigh + lane * 16);
-    low = *reinterpret_cast<const uint4*>(from + kLow + lane * 16);
-    __syncwarp();
-  }
-  __device__ void advance() { slot = slot + 1 == C::kAhead ? 0 : slot + 1; }
 };
 
 /// Factors of a matrix at this step.
@@ -205,40 +201,41 @@ struct Factors {
   float back, outside, keep;
 };
 
-template <bool kGradient>
-__device__ void update(const Place& place, int i, const float4 (&g)[2], uint4 high, uint4 low, const float (&sums)[64],
-                       const Factors& f, std::uint64_t seed) {
-  if (!place.inside(i)) return;
-  Master8 w(high, place.low == nullptr ? make_uint4(0, 0, 0, 0) : low);
-  Float8 scale{};
-  if constexpr (kGradient) {
-    if (place.right) {
-      const float phi = f.outside * __ldg(place.phi + place.row_of(i));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) scale.v[j] = phi;
-    } else {
-      const float4* phi = reinterpret_cast<const float4*>(place.phi + place.column_of(i));
-      const float4 a = __ldg(phi), b = __ldg(phi + 1);
-      scale = {{f.outside * a.x, f.outside * a.y, f.outside * a.z, f.outside * a.w, f.outside * b.x, f.outside * b.y,
-                f.outside * b.z, f.outside * b.w}};
-    }
-  }
-  const float parts[8] = {g[0].x, g[0].y, g[0].z, g[0].w, g[1].x, g[1].y, g[1].z, g[1].w};
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    float change = f.back * sums[(i / 2 * 4 + j / 2) * 4 + i % 2 * 2 + j % 2];
-    if constexpr (kGradient) change += scale.v[j] * parts[j];
-    w.value.v[j] = f.keep * (w.value.v[j] - change);
-  }
-  w.store(place.w, place.low, place.at(i), seed, place.stream);
+__device__ Float8 scaled(float factor, const float* from) {
+  const float4 a = __ldg(reinterpret_cast<const float4*>(from)), b = __ldg(reinterpret_cast<const float4*>(from) + 1);
+  return {
+      {factor * a.x, factor * a.y, factor * a.z, factor * a.w, factor * b.x, factor * b.y, factor * b.z, factor * b.w}};
 }
 
-/// Sums of one tile. `panel` is the ring's position of the panel's first part; its slots are given back part by part
-/// where the next tile has other vectors.
+template <bool kGradient>
+__device__ void update(const Place& place, int i, int half, const Slice& x, const float (&sums)[64], const Factors& f,
+                       std::uint64_t seed) {
+  const int column = place.column + 32 * i;
+  if (column >= place.n) return;
+  Float8 across;
+  if (kGradient && !place.right) across = scaled(f.outside, place.phi + column);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = place.row + 8 * h + 64 * half;
+    if (row >= place.m) continue;
+    Master8 w(x.high[h], place.low == nullptr ? make_uint4(0, 0, 0, 0) : x.low[h]);
+    const float4 g0 = x.g[h][0], g1 = x.g[h][1];
+    const float g[8] = {g0.x, g0.y, g0.z, g0.w, g1.x, g1.y, g1.z, g1.w};
+    const float down = kGradient && place.right ? f.outside * __ldg(place.phi + row) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float change = f.back * sums[(i * 4 + j / 2) * 4 + h * 2 + j % 2];
+      if constexpr (kGradient) change += (place.right ? down : across.v[j]) * g[j];
+      w.value.v[j] = f.keep * (w.value.v[j] - change);
+    }
+    w.store(place.w, place.low, static_cast<std::int64_t>(row) * place.n + column, seed, place.stream);
+  }
+}
+
+/// Sums of one tile. The panel's slots are given back part by part at the last tile that uses them.
 template <class C>
-__device__ void sum_tile(bool right, int parts, bool starts, bool ends, RingIndex<C::kSlots>& slot,
-                         RingIndex<C::kSlots> panel, RingIndex<C::kStages>& ring, std::byte* memory,
-                         const Barriers<C>& at, int group, int lane, float (&sums)[64]) {
+__device__ void sum_tile(bool right, int parts, bool ends, RingIndex<C::kSlots> panel, RingIndex<C::kStages>& ring,
+                         std::byte* memory, const Barriers<C>& at, int lane, float (&sums)[2][64]) {
   int previous = -1, previous_slot = -1;
   auto release = [&] {
     if (lane != 0) return;
@@ -246,19 +243,18 @@ __device__ void sum_tile(bool right, int parts, bool starts, bool ends, RingInde
     if (ends) barrier_arrive(&at.panel_empty[previous_slot]);
   };
   for (int part = 0; part < parts; ++part) {
-    if (starts) {
-      barrier_wait(&at.panel_full[slot.stage], slot.parity);
-      slot.advance();
-    }
+    barrier_wait(&at.panel_full[panel.stage], panel.parity);
     barrier_wait(&at.full[ring.stage], ring.parity);
     const std::uint32_t vectors = shared_address(memory + panel.stage * kPanelPartBytes),
                         side = shared_address(memory + (C::kSlots + ring.stage) * kPanelPartBytes);
-    const std::uint32_t a = (right ? vectors : side) + group * (kPanelPartBytes / kGroups), b = right ? side : vectors;
+    const std::uint32_t a = right ? vectors : side, b = right ? side : vectors;
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kPanelColumns / 16; ++k)
-      wgmma<kTileSide>(sums, operand_descriptor<128>(a + 32 * k), operand_descriptor<128>(b + 32 * k),
-                       part > 0 || k > 0);
+#pragma unroll
+      for (int f = 0; f < 2; ++f)
+        wgmma<kTileSide>(sums[f], operand_descriptor<128>(a + f * (kPanelPartBytes / 2) + 32 * k),
+                         operand_descriptor<128>(b + 32 * k), part > 0 || k > 0);
     wgmma_commit();
     if (previous >= 0) {
       wgmma_wait<1>();
@@ -271,9 +267,19 @@ __device__ void sum_tile(bool right, int parts, bool starts, bool ends, RingInde
   }
   wgmma_wait<0>();
   release();
-  fence_registers(sums);
+  fence_registers(sums[0]);
+  fence_registers(sums[1]);
 }
 
+template <int kStages>
+__device__ void skip(RingIndex<kStages>& ring, int count) {
+  const int at = ring.stage + count;
+  ring.parity ^= at / kStages & 1;
+  ring.stage = at % kStages;
+}
+
+/// Tiles of one warpgroup: every other one. Both follow the rings past all tiles. The products of a tile start when
+/// those of the one before are over, named barrier 1 + group: a panel is given back after its last tile.
 template <class C, bool kGradient>
 __device__ void consume(const Walk<C>& walk, std::byte* memory, const Barriers<C>& at, const double* scalars,
                         const Apply& c) {
@@ -285,36 +291,42 @@ __device__ void consume(const Walk<C>& walk, std::byte* memory, const Barriers<C
   const std::uint64_t seed = rounding_seed(c.seed, step);
   RingIndex<C::kSlots> slot, panel;
   RingIndex<C::kStages> ring;
-  if (walk.first >= walk.last) return;
-  LowRankPiece piece = walk.piece(walk.first), next_piece = walk.piece(walk.first + 1);
-  Place place(walk.matrices[piece.matrix], piece);
-  Fetcher<C, kGradient> fetcher(memory);
-#pragma unroll
-  for (int i = 0; i < C::kAhead; ++i, fetcher.advance()) fetcher.start(place, i);
-  float sums[64];
+  RingIndex<C::kAhead> slices;
+  float sums[2][64];
+  if (group == 1) gemm::named_barrier_arrive(1, 128 * kGroups);
   for (int tile = walk.first; tile < walk.last; ++tile) {
-    const LowRankPiece after_next = walk.piece(tile + 2);  // asked for a tile before it is used
-    const Place next(walk.matrices[next_piece.matrix], next_piece);
-    const Factors factors{back, kGradient ? outside * __ldg(place.factor) : 0.0f, place.decay ? keep : 1.0f};
-    const int parts = panel_parts(walk.matrices[piece.matrix].rank);
-    const bool starts = walk.starts(tile, piece, place.right, parts),
-               ends = walk.ends(tile, piece, place.right, parts, place.right ? place.n : place.m);
-    if (starts) panel = slot;
-    sum_tile(place.right, parts, starts, ends, slot, panel, ring, memory, at, group, lane, sums);
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i, fetcher.advance()) {
-      float4 g[2] = {};
-      uint4 high, low;
-      fetcher.take(g, high, low);
-      if (i + C::kAhead < kPieces)
-        fetcher.start(place, i + C::kAhead);
-      else
-        fetcher.start(next, i + C::kAhead - kPieces);
-      update<kGradient>(place, i, g, high, low, sums, factors, seed);
+    const LowRankPiece piece = walk.piece(tile);
+    const Place place(walk.matrices[piece.matrix], piece);
+    const bool starts = walk.starts(tile, piece, place.right, place.parts),
+               ends = walk.ends(tile, piece, place.right, place.parts, place.right ? place.n : place.m);
+    if (starts) {
+      panel = slot;
+      skip(slot, place.parts);
     }
-    place = next;
-    piece = next_piece;
-    next_piece = after_next;
+    if ((tile - walk.first) % kGroups != group) {
+      skip(ring, place.parts);
+      skip(slices, kSlices);
+      continue;
+    }
+    const Factors factors{back, kGradient ? outside * __ldg(place.factor) : 0.0f, place.decay ? keep : 1.0f};
+    named_barrier(1 + group, 128 * kGroups);
+    sum_tile(place.right, place.parts, ends, panel, ring, memory, at, lane, sums);
+    gemm::named_barrier_arrive(2 - group, 128 * kGroups);
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i, slices.advance()) {
+      const std::byte* from = memory + C::kFetched + slices.stage * kSliceBytes;
+      barrier_wait(&at.slice_full[slices.stage], slices.parity);
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        Slice slice = {};
+        slice.read<kGradient>(from, f);
+        if (f == 1) {
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&at.slice_empty[slices.stage]);
+        }
+        update<kGradient>(place, i, f, slice, sums[f], factors, seed);
+      }
+    }
   }
 }
 
@@ -328,10 +340,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const Walk<C> walk(matrices, pieces, count);
   if (threadIdx.x >= 128 * kGroups) {
-    registers_decrease<24>();
+    registers_decrease<40>();
     if (threadIdx.x == 128 * kGroups) produce(walk, memory, at);
+    if (threadIdx.x == 128 * kGroups + 32) produce_slices<C, kGradient>(walk, memory, at);
   } else {
-    registers_increase<240>();
+    registers_increase<232>();
     consume<C, kGradient>(walk, memory, at, scalars, c);
   }
 }

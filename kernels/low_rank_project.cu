@@ -5,9 +5,10 @@
 #include "kernels/low_rank.cuh"
 #include "kernels/low_rank_panels.cuh"
 
-/// R = clip G Q, G in f32. The copy engine fills a ring with boxes of G and parts of Q's panels; two warpgroups turn
-/// their rows of G into bf16 fragments, sum the squares on the way, and multiply from registers: G is rounded nowhere
-/// but there, and read as often as there are tiles along the rank (256 wide).
+/// R = clip G Q, G in f32. The copy engine fills a ring with boxes of G and another with parts of Q's panels; two
+/// warpgroups turn their rows of G into bf16 fragments, sum the squares on the way, and multiply from registers: G is
+/// rounded nowhere but there, and read as often as there are tiles along the rank (256 wide). A stage of G is free once
+/// it is fragments, one of Q only after its products: hence two rings.
 ///
 /// At m n = 1.2e9 and r = 512 the products are 2.1 ms at 600 TFLOP/s, G is 1.6 ms of device memory and 16 bytes a
 /// parameter pass from L2 to the multiprocessors, 3.5 ms at 5.5 TB/s.
@@ -16,14 +17,40 @@ namespace {
 
 constexpr int kThreads = 384, kGroups = 2, kVectors = 64 * kGroups, kDepth = 64;
 constexpr int kGradientBytes = kVectors * kDepth * 4;
+static_assert(kVectors == kBoxRows && kDepth == kBoxRowsLeft && kDepth == 2 * kBoxColumns);
 constexpr int kPartBytes = kDepth * kPanelColumns * 2;  // 64 of the depth, 64 of the rank
 
 template <int kWidth>
-struct Ring {
-  static constexpr int kStageBytes = kGradientBytes + kWidth / kPanelColumns * kPartBytes;
-  static constexpr int kStages = 224 * 1024 / kStageBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * 8 + 1024;
-  static constexpr int kLoads = kWidth / kPanelColumns;
+struct Config {
+  static constexpr int kLoads = kWidth / kPanelColumns, kBasisBytes = kLoads * kPartBytes;
+  static constexpr int kBasisStages = kWidth == 256 ? 3 : 4;
+  static constexpr int kGradientStages = (224 * 1024 - kBasisStages * kBasisBytes) / kGradientBytes;
+  static constexpr int kBasis = kGradientStages * kGradientBytes, kBarriers = kBasis + kBasisStages * kBasisBytes;
+  static constexpr int kSharedBytes = kBarriers + 2 * (kGradientStages + kBasisStages) * 8;
+};
+
+/// Two rings in shared memory.
+template <int kWidth>
+struct Rings {
+  using C = Config<kWidth>;
+  std::byte* memory;
+  std::uint64_t *full_g, *empty_g, *full_q, *empty_q;
+  RingIndex<C::kGradientStages> g;
+  RingIndex<C::kBasisStages> q;
+
+  __device__ explicit Rings(std::byte* shared) : memory(shared) {
+    full_g = reinterpret_cast<std::uint64_t*>(memory + C::kBarriers);
+    empty_g = full_g + C::kGradientStages;
+    full_q = empty_g + C::kGradientStages;
+    empty_q = full_q + C::kBasisStages;
+  }
+  __device__ void init() const {
+    for (int i = 0; i < C::kGradientStages; ++i) barrier_init(&full_g[i], 1), barrier_init(&empty_g[i], 4 * kGroups);
+    for (int i = 0; i < C::kBasisStages; ++i) barrier_init(&full_q[i], 1), barrier_init(&empty_q[i], 4 * kGroups);
+    fence_barrier_init();
+  }
+  __device__ std::byte* gradient() const { return memory + g.stage * kGradientBytes; }
+  __device__ std::byte* basis() const { return memory + C::kBasis + q.stage * C::kBasisBytes; }
 };
 
 __device__ int steps_of(const LowRankMatrix& t) { return (t.side() + kDepth - 1) / kDepth; }
@@ -42,23 +69,23 @@ __device__ void load_gradient(const LowRankMatrix& t, std::byte* stage, std::uin
 }
 
 template <int kWidth>
-__device__ void produce(const LowRankMatrix* matrices, const LowRankPiece* pieces, int count, std::byte* stages,
-                        std::uint64_t* full, std::uint64_t* empty) {
-  using R = Ring<kWidth>;
-  RingIndex<R::kStages> ring;
-  ring.parity = 1;
+__device__ void produce(const LowRankMatrix* matrices, const LowRankPiece* pieces, int count, Rings<kWidth>& ring) {
+  ring.g.parity = ring.q.parity = 1;
   for (int tile = static_cast<int>(blockIdx.x); tile < count; tile += static_cast<int>(gridDim.x)) {
     const LowRankPiece piece = pieces[tile];
     const LowRankMatrix& t = matrices[piece.matrix];
-    const int first_part = piece.column / kPanelColumns, parts = min(R::kLoads, panel_parts(t.rank) - first_part);
-    for (int step = 0, steps = steps_of(t); step < steps; ++step, ring.advance()) {
-      std::byte* stage = stages + ring.stage * R::kStageBytes;
-      barrier_wait(&empty[ring.stage], ring.parity);
-      barrier_expect(&full[ring.stage], static_cast<std::uint32_t>(kGradientBytes + parts * kPartBytes));
-      load_gradient(t, stage, &full[ring.stage], piece.row, step * kDepth);
+    const int first_part = piece.column / kPanelColumns,
+              parts = min(Config<kWidth>::kLoads, panel_parts(t.rank) - first_part);
+    for (int step = 0, steps = steps_of(t); step < steps; ++step, ring.g.advance(), ring.q.advance()) {
+      std::uint64_t *full_g = &ring.full_g[ring.g.stage], *full_q = &ring.full_q[ring.q.stage];
+      barrier_wait(&ring.empty_g[ring.g.stage], ring.g.parity);
+      barrier_expect(full_g, kGradientBytes);
+      load_gradient(t, ring.gradient(), full_g, piece.row, step * kDepth);
+      barrier_wait(&ring.empty_q[ring.q.stage], ring.q.parity);
+      barrier_expect(full_q, static_cast<std::uint32_t>(parts * kPartBytes));
       for (int part = 0; part < parts; ++part)
-        bulk_load(stage + kGradientBytes + part * kPartBytes,
-                  panel_part(t.basis, t.rank, step * kDepth, first_part + part), kPartBytes, &full[ring.stage]);
+        bulk_load(ring.basis() + part * kPartBytes, panel_part(t.basis, t.rank, step * kDepth, first_part + part),
+                  kPartBytes, full_q);
     }
   }
 }
@@ -96,28 +123,29 @@ __device__ void take_fragments(const std::byte* stage, int row, int lane, std::u
 
 /// Sums of one tile. Fragments of a stage are made while the products of the stage before run.
 template <int kWidth, bool kRight>
-__device__ void sum_tile(int steps, std::byte* stages, std::uint64_t* full, std::uint64_t* empty,
-                         RingIndex<Ring<kWidth>::kStages>& ring, int row, int lane, float (&sums)[kWidth / 2],
+__device__ void sum_tile(int steps, Rings<kWidth>& ring, int row, int lane, float (&sums)[kWidth / 2],
                          float (&squares)[2]) {
-  using R = Ring<kWidth>;
   int previous = -1;
   auto step = [&](std::uint32_t(&f)[4][4], bool first) {
-    std::byte* stage = stages + ring.stage * R::kStageBytes;
-    barrier_wait(&full[ring.stage], ring.parity);
-    take_fragments<kRight>(stage, row, lane, f, squares);
+    barrier_wait(&ring.full_g[ring.g.stage], ring.g.parity);
+    take_fragments<kRight>(ring.gradient(), row, lane, f, squares);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&ring.empty_g[ring.g.stage]);
+    ring.g.advance();
+    barrier_wait(&ring.full_q[ring.q.stage], ring.q.parity);
     wgmma_fence();
     fence_registers(f);
-    const std::uint32_t b = shared_address(stage + kGradientBytes);
+    const std::uint32_t b = shared_address(ring.basis());
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       wgmma<kWidth, Major::mn>(sums, f[k], operand_descriptor<128>(b + k * 16 * 128, kPartBytes), !first || k > 0);
     wgmma_commit();
     if (previous >= 0) {
       wgmma_wait<1>();
-      if (lane == 0) barrier_arrive(&empty[previous]);
+      if (lane == 0) barrier_arrive(&ring.empty_q[previous]);
     }
-    previous = ring.stage;
-    ring.advance();
+    previous = ring.q.stage;
+    ring.q.advance();
   };
   std::uint32_t even[4][4], odd[4][4];
   for (int s = 0; s < steps; s += 2) {
@@ -132,7 +160,7 @@ __device__ void sum_tile(int steps, std::byte* stages, std::uint64_t* full, std:
   fence_registers(even);
   fence_registers(odd);
   fence_registers(sums);
-  if (lane == 0) barrier_arrive(&empty[previous]);
+  if (lane == 0) barrier_arrive(&ring.empty_q[previous]);
 }
 
 template <int kWidth>
@@ -159,36 +187,27 @@ __device__ void store_tile(const LowRankMatrix& t, const LowRankPiece& piece, in
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads, 1)
     project_all(const LowRankMatrix* matrices, const LowRankPiece* pieces, int count, const double* scalars) {
-  using R = Ring<kWidth>;
   extern __shared__ __align__(1024) std::byte memory[];
   if (skipped(scalars)) return;
-  auto* full = reinterpret_cast<std::uint64_t*>(memory + R::kStages * R::kStageBytes);
-  std::uint64_t* empty = full + R::kStages;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < R::kStages; ++s) {
-      barrier_init(&full[s], 1);
-      barrier_init(&empty[s], 4 * kGroups);
-    }
-    fence_barrier_init();
-  }
+  Rings<kWidth> ring(memory);
+  if (threadIdx.x == 0) ring.init();
   __syncthreads();
   const int group = static_cast<int>(threadIdx.x) / 128;
   if (group == kGroups) {
     registers_decrease<24>();
-    if (threadIdx.x == 128 * kGroups) produce<kWidth>(matrices, pieces, count, memory, full, empty);
+    if (threadIdx.x == 128 * kGroups) produce<kWidth>(matrices, pieces, count, ring);
   } else {
     registers_increase<240>();
     const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
     const float clip = static_cast<float>(scalars[static_cast<int>(Scalar::clip_scale)]);
-    RingIndex<R::kStages> ring;
     for (int tile = static_cast<int>(blockIdx.x); tile < count; tile += static_cast<int>(gridDim.x)) {
       const LowRankPiece piece = pieces[tile];
       const LowRankMatrix& t = matrices[piece.matrix];
       float sums[kWidth / 2], squares[2] = {0, 0};
       if (t.right)
-        sum_tile<kWidth, true>(steps_of(t), memory, full, empty, ring, row, lane, sums, squares);
+        sum_tile<kWidth, true>(steps_of(t), ring, row, lane, sums, squares);
       else
-        sum_tile<kWidth, false>(steps_of(t), memory, full, empty, ring, row, lane, sums, squares);
+        sum_tile<kWidth, false>(steps_of(t), ring, row, lane, sums, squares);
       store_tile<kWidth>(t, piece, row, lane, clip, sums, squares);
     }
   }
@@ -198,27 +217,34 @@ template <int kWidth>
 void launch_project(const LowRankTable& table) {
   static const bool allowed [[maybe_unused]] = [] {
     check_cuda(cudaFuncSetAttribute(project_all<kWidth>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Ring<kWidth>::kSharedBytes),
+                                    Config<kWidth>::kSharedBytes),
                "cudaFuncSetAttribute");
     return true;
   }();
   launch({"low_rank_project", static_cast<unsigned>(std::min(table.count, table.multiprocessors)), kThreads,
-          table.stream, Ring<kWidth>::kSharedBytes},
+          table.stream, Config<kWidth>::kSharedBytes},
          project_all<kWidth>, table.matrices, table.pieces, table.count, table.scalars);
 }
 
 }  // namespace
 
-CUtensorMap low_rank_gradient_map(const LowRankMatrix& matrix) {
-  TensorMapSpec spec;  // pairs of 16 bits, which are copied as they are
-  spec.base = matrix.g;
-  spec.sizes[0] = 2 * static_cast<std::uint64_t>(matrix.n);
-  spec.sizes[1] = static_cast<std::uint64_t>(matrix.m);
-  spec.stride_bytes[0] = 4 * static_cast<std::uint64_t>(matrix.n);
-  spec.stride_bytes[1] = spec.stride_bytes[0] * spec.sizes[1];
-  spec.box[0] = 64;
-  spec.box[1] = matrix.right ? kVectors : kDepth;
-  return make_tensor_map(spec);
+void map_tensors(LowRankMatrix& matrix) {
+  // Everything is bf16 or pairs of 16 bits, which are copied as they are.
+  auto map = [&](const void* base, int halves, int rows, CUtensorMapSwizzle swizzle) {
+    TensorMapSpec spec;
+    spec.base = base;
+    spec.sizes[0] = static_cast<std::uint64_t>(halves) * static_cast<std::uint64_t>(matrix.n);
+    spec.sizes[1] = static_cast<std::uint64_t>(matrix.m);
+    spec.stride_bytes[0] = 2 * spec.sizes[0];
+    spec.stride_bytes[1] = spec.stride_bytes[0] * spec.sizes[1];
+    spec.box[0] = static_cast<std::uint32_t>(halves * kBoxColumns);
+    spec.box[1] = static_cast<std::uint32_t>(rows);
+    spec.swizzle = swizzle;
+    return make_tensor_map(spec);
+  };
+  matrix.gradient = map(matrix.g, 2, matrix.right ? kBoxRows : kBoxRowsLeft, CU_TENSOR_MAP_SWIZZLE_128B);
+  matrix.weights = map(matrix.w, 1, kBoxRows, CU_TENSOR_MAP_SWIZZLE_64B);
+  if (matrix.low != nullptr) matrix.lower = map(matrix.low, 1, kBoxRows, CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
 void low_rank_project(const LowRankTable& table) {
