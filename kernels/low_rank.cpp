@@ -132,7 +132,7 @@ class LowRankKernel final : public Kernel {
       t.factor = cut(aligned(sizeof(float)));
       t.basis = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.side(), at.rank)));
       t.direction = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.vectors(), at.rank)));
-      map_tensors(t);
+      t.gradient = low_rank_gradient_map(t);
       matrices.push_back(t);
     }
     scratch_ = cut_refresh_scratch(memory, layout_.largest.m, layout_.largest.n, layout_.largest.rank);

@@ -19,13 +19,13 @@ namespace kiln::cuda {
 
 /// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.
 struct LowRankMatrix {
-  CUtensorMap gradient, weights, lower;  // of g, w and low: map_tensors
-  std::uint16_t* w;                      // bf16 [m,n]
-  std::uint16_t* low;                    // lower halves of the f32 masters; null: stochastic rounding
-  const float* g;                        // [m,n]
-  float* q;                              // [short, r]
-  float *moment, *square;                // [long, r]
-  float* limiter;                        // [1]
+  CUtensorMap gradient;    // of g: low_rank_gradient_map
+  std::uint16_t* w;        // bf16 [m,n]
+  std::uint16_t* low;      // lower halves of the f32 masters; null: stochastic rounding
+  const float* g;          // [m,n]
+  float* q;                // [short, r]
+  float *moment, *square;  // [long, r]
+  float* limiter;          // [1]
   std::int32_t m, n, rank;
   std::int32_t refresh_offset;  // of (step - 1) mod refresh
   std::uint64_t stream;         // of random numbers
@@ -69,10 +69,8 @@ struct LowRankTable {
   cudaStream_t stream;
 };
 
-/// Boxes of G are 32 columns of 128 rows where vectors are rows, else of 64; of W and its lower halves 32 of 128.
-inline constexpr int kBoxColumns = 32, kBoxRows = 128, kBoxRowsLeft = 64;
-/// Fills in the tensor maps of `matrix`, on the host.
-void map_tensors(LowRankMatrix& matrix);
+/// How the copy engine reads the gradient of `matrix`. On the host.
+CUtensorMap low_rank_gradient_map(const LowRankMatrix& matrix);
 /// Of a bf16 copy of [rows, columns] as panels.
 std::size_t low_rank_panel_bytes(int rows, int columns);
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 384, kGroups = 2, kVectors = 64 * kGroups, kDepth = 64;
 constexpr int kGradientBytes = kVectors * kDepth * 4;
-static_assert(kVectors == kBoxRows && kDepth == kBoxRowsLeft && kDepth == 2 * kBoxColumns);
+constexpr int kBoxColumns = 32;  // of G in f32: 128 bytes, by the vectors or the depth of a stage
 constexpr int kPartBytes = kDepth * kPanelColumns * 2;  // 64 of the depth, 64 of the rank
 
 template <int kWidth>
@@ -56,35 +56,39 @@ struct Rings {
 __device__ int steps_of(const LowRankMatrix& t) { return (t.side() + kDepth - 1) / kDepth; }
 
 /// A box is 128 bytes wide: 32 of the depth by 128 vectors, or 32 vectors by 64 of the depth.
-__device__ void load_gradient(const LowRankMatrix& t, std::byte* stage, std::uint64_t* full, int vector, int depth) {
-  if (t.right) {
+__device__ void load_gradient(const CUtensorMap* map, bool right, std::byte* stage, std::uint64_t* full, int vector,
+                              int depth) {
+  if (right) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      tensor_load(stage + i * kGradientBytes / 2, &t.gradient, full, 2 * (depth + 32 * i), vector, 0);
+      tensor_load(stage + i * kGradientBytes / 2, map, full, 2 * (depth + kBoxColumns * i), vector, 0);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      tensor_load(stage + i * kGradientBytes / 4, &t.gradient, full, 2 * (vector + 32 * i), depth, 0);
+      tensor_load(stage + i * kGradientBytes / 4, map, full, 2 * (vector + kBoxColumns * i), depth, 0);
   }
 }
 
+/// What a tile needs of the table is read once: in the loop each read would cost a trip to L2 under load.
 template <int kWidth>
 __device__ void produce(const LowRankMatrix* matrices, const LowRankPiece* pieces, int count, Rings<kWidth>& ring) {
   ring.g.parity = ring.q.parity = 1;
   for (int tile = static_cast<int>(blockIdx.x); tile < count; tile += static_cast<int>(gridDim.x)) {
     const LowRankPiece piece = pieces[tile];
     const LowRankMatrix& t = matrices[piece.matrix];
-    const int first_part = piece.column / kPanelColumns,
-              parts = min(Config<kWidth>::kLoads, panel_parts(t.rank) - first_part);
-    for (int step = 0, steps = steps_of(t); step < steps; ++step, ring.g.advance(), ring.q.advance()) {
+    const std::uint16_t* basis = t.basis;
+    const int rank = t.rank, steps = steps_of(t), first_part = piece.column / kPanelColumns,
+              parts = min(Config<kWidth>::kLoads, panel_parts(rank) - first_part);
+    const bool right = t.right;
+    for (int step = 0; step < steps; ++step, ring.g.advance(), ring.q.advance()) {
       std::uint64_t *full_g = &ring.full_g[ring.g.stage], *full_q = &ring.full_q[ring.q.stage];
       barrier_wait(&ring.empty_g[ring.g.stage], ring.g.parity);
       barrier_expect(full_g, kGradientBytes);
-      load_gradient(t, ring.gradient(), full_g, piece.row, step * kDepth);
+      load_gradient(&t.gradient, right, ring.gradient(), full_g, piece.row, step * kDepth);
       barrier_wait(&ring.empty_q[ring.q.stage], ring.q.parity);
       barrier_expect(full_q, static_cast<std::uint32_t>(parts * kPartBytes));
       for (int part = 0; part < parts; ++part)
-        bulk_load(ring.basis() + part * kPartBytes, panel_part(t.basis, t.rank, step * kDepth, first_part + part),
+        bulk_load(ring.basis() + part * kPartBytes, panel_part(basis, rank, step * kDepth, first_part + part),
                   kPartBytes, full_q);
     }
   }
@@ -228,23 +232,16 @@ void launch_project(const LowRankTable& table) {
 
 }  // namespace
 
-void map_tensors(LowRankMatrix& matrix) {
-  // Everything is bf16 or pairs of 16 bits, which are copied as they are.
-  auto map = [&](const void* base, int halves, int rows, CUtensorMapSwizzle swizzle) {
-    TensorMapSpec spec;
-    spec.base = base;
-    spec.sizes[0] = static_cast<std::uint64_t>(halves) * static_cast<std::uint64_t>(matrix.n);
-    spec.sizes[1] = static_cast<std::uint64_t>(matrix.m);
-    spec.stride_bytes[0] = 2 * spec.sizes[0];
-    spec.stride_bytes[1] = spec.stride_bytes[0] * spec.sizes[1];
-    spec.box[0] = static_cast<std::uint32_t>(halves * kBoxColumns);
-    spec.box[1] = static_cast<std::uint32_t>(rows);
-    spec.swizzle = swizzle;
-    return make_tensor_map(spec);
-  };
-  matrix.gradient = map(matrix.g, 2, matrix.right ? kBoxRows : kBoxRowsLeft, CU_TENSOR_MAP_SWIZZLE_128B);
-  matrix.weights = map(matrix.w, 1, kBoxRows, CU_TENSOR_MAP_SWIZZLE_64B);
-  if (matrix.low != nullptr) matrix.lower = map(matrix.low, 1, kBoxRows, CU_TENSOR_MAP_SWIZZLE_64B);
+CUtensorMap low_rank_gradient_map(const LowRankMatrix& matrix) {
+  TensorMapSpec spec;  // pairs of 16 bits, which are copied as they are
+  spec.base = matrix.g;
+  spec.sizes[0] = 2 * static_cast<std::uint64_t>(matrix.n);
+  spec.sizes[1] = static_cast<std::uint64_t>(matrix.m);
+  spec.stride_bytes[0] = 2 * spec.sizes[0];
+  spec.stride_bytes[1] = spec.stride_bytes[0] * spec.sizes[1];
+  spec.box[0] = 2 * kBoxColumns;
+  spec.box[1] = matrix.right ? kVectors : kDepth;
+  return make_tensor_map(spec);
 }
 
 void low_rank_project(const LowRankTable& table) {
