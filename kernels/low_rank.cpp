@@ -11,7 +11,7 @@
 namespace kiln::cuda {
 namespace {
 
-constexpr int kPasses = 2, kColdPasses = 4, kTileSide = 128, kAlignment = 8;
+constexpr int kPasses = 2, kColdPasses = 4, kTileSide = 128, kAlignment = 8;  // kTileSide also of panels
 
 struct Geometry {
   int m, n, rank;
@@ -34,7 +34,8 @@ std::size_t projected_bytes(const Geometry& at) {
 std::size_t vector_bytes(const Geometry& at) { return aligned(sizeof(float) * static_cast<std::size_t>(at.vectors())); }
 /// What stays from the projection of one matrix to its update.
 std::size_t matrix_bytes(const Geometry& at) {
-  return projected_bytes(at) + 3 * vector_bytes(at) + aligned(sizeof(float));
+  return projected_bytes(at) + 3 * vector_bytes(at) + aligned(sizeof(float)) +
+         low_rank_panel_bytes(at.side(), at.rank) + low_rank_panel_bytes(at.vectors(), at.rank);
 }
 
 /// The group's scratch: every matrix's own, and one refresh's.
@@ -77,7 +78,7 @@ LowRankStep step_of(const LowRankAdamUpdate::Options& o) {
           .seed = o.seed};
 }
 
-/// All neighbouring low-rank updates of a plan, in five launches.
+/// All neighbouring low-rank updates of a plan, in seven launches.
 class LowRankKernel final : public Kernel {
  public:
   LowRankKernel(const Nodes& nodes, Context& context)
@@ -92,7 +93,7 @@ class LowRankKernel final : public Kernel {
               ops_.back()->parameter().name, at.rank, kLargestRefreshRank);
       add_pieces(static_cast<int>(i), at);
     }
-    const std::size_t pieces = project_.size() + moments_.size() + apply_.size();
+    const std::size_t pieces = basis_.size() + project_.size() + moments_.size() + direction_.size() + apply_.size();
     matrices_ = context.allocate(ops_.size() * sizeof(LowRankMatrix), "table of low-rank updates");
     pieces_ = context.allocate(pieces * sizeof(LowRankPiece), "table of low-rank updates");
   }
@@ -129,12 +130,15 @@ class LowRankKernel final : public Kernel {
       t.phi = cut(vector_bytes(at));
       t.share = cut(vector_bytes(at));
       t.factor = cut(aligned(sizeof(float)));
+      t.basis = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.side(), at.rank)));
+      t.direction = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.vectors(), at.rank)));
+      t.gradient = low_rank_gradient_map(t);
       matrices.push_back(t);
     }
     scratch_ = cut_refresh_scratch(memory, layout_.largest.m, layout_.largest.n, layout_.largest.rank);
-    std::vector<LowRankPiece> pieces = project_;
-    pieces.insert(pieces.end(), moments_.begin(), moments_.end());
-    pieces.insert(pieces.end(), apply_.begin(), apply_.end());
+    std::vector<LowRankPiece> pieces;
+    for (const auto* part : {&basis_, &project_, &moments_, &direction_, &apply_})
+      pieces.insert(pieces.end(), part->begin(), part->end());
     copy_to_device(matrices_, matrices.data(), stream_);
     copy_to_device(pieces_, pieces.data(), stream_);
   }
@@ -144,18 +148,21 @@ class LowRankKernel final : public Kernel {
     LowRankTable table{.matrices = reinterpret_cast<const LowRankMatrix*>(matrices_.data()),
                        .pieces = nullptr,
                        .count = static_cast<int>(ops_.size()),
+                       .rank = layout_.largest.rank,
+                       .multiprocessors = multiprocessors_,
                        .scalars = nodes.front().in[2].as<double>(),
                        .step = step_of(ops_.front()->options()),
                        .stream = stream_};
     low_rank_refresh(
         table, scratch_,
-        {.passes = kPasses, .cold_passes = kColdPasses, .every = static_cast<int>(ops_.front()->options().refresh)},
-        multiprocessors_);
+        {.passes = kPasses, .cold_passes = kColdPasses, .every = static_cast<int>(ops_.front()->options().refresh)});
     auto take = [&](const std::vector<LowRankPiece>& part) {
       table.pieces = pieces;
       table.count = static_cast<int>(part.size());
       pieces += part.size();
     };
+    take(basis_);
+    low_rank_basis(table);
     take(project_);
     low_rank_project(table);
     take(moments_);
@@ -164,25 +171,31 @@ class LowRankKernel final : public Kernel {
       table.count = static_cast<int>(ops_.size());
       low_rank_limit(table);
     }
+    take(direction_);
+    low_rank_direction(table);
     take(apply_);
     low_rank_apply(table);
   }
 
  private:
   void add_pieces(int matrix, const Geometry& at) {
-    for (int v = 0; v < at.vectors(); v += kTileSide)
-      for (int c = 0; c < at.rank; c += kTileSide) project_.push_back({matrix, v, c});
+    for (int row = 0; row < at.side(); row += kTileSide) basis_.push_back({matrix, row, 0});
+    for (int v = 0; v < at.vectors(); v += kTileSide) {
+      for (int c = 0; c < at.rank; c += low_rank_project_width(layout_.largest.rank))
+        project_.push_back({matrix, v, c});
+      direction_.push_back({matrix, v, 0});
+      for (int u = 0; u < at.side(); u += kTileSide)
+        apply_.push_back(at.right ? LowRankPiece{matrix, v, u} : LowRankPiece{matrix, u, v});
+    }
     const int vectors = std::max(1, kMomentsGroups * kAlignment / at.rank);
     for (int v = 0; v < at.vectors(); v += vectors) moments_.push_back({matrix, v, vectors});
-    for (int row = 0; row < at.m; row += kTileSide)
-      for (int column = 0; column < at.n; column += kTileSide) apply_.push_back({matrix, row, column});
   }
 
   cudaStream_t stream_;
   int multiprocessors_;
   Layout layout_;
   std::vector<const LowRankAdamUpdate*> ops_;
-  std::vector<LowRankPiece> project_, moments_, apply_;
+  std::vector<LowRankPiece> basis_, project_, moments_, direction_, apply_;
   Buffer matrices_, pieces_;
   RefreshScratch scratch_{};
 };

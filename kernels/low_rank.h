@@ -1,6 +1,8 @@
 #pragma once
+#include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 /// GaLore and Fira on the GPU: all matrices of a plan in a handful of launches, whatever their number.
@@ -16,6 +18,7 @@ namespace kiln::cuda {
 
 /// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.
 struct LowRankMatrix {
+  CUtensorMap gradient;    // of g: low_rank_gradient_map
   std::uint16_t* w;        // bf16 [m,n]
   std::uint16_t* low;      // lower halves of the f32 masters; null: stochastic rounding
   const float* g;          // [m,n]
@@ -28,9 +31,10 @@ struct LowRankMatrix {
   bool right;                   // vectors are rows
   bool decay;
   // workspace
-  float* projected;              // [long, r]: R, later N and R as pairs of bf16
-  float *squares, *phi, *share;  // [long]: ||G_i||^2, phi_i, phi_i^2 times the residual's square
-  float* factor;                 // [1]: c
+  float* projected;                  // [long, r]: R, later N and R as pairs of bf16
+  float *squares, *phi, *share;      // [long]: ||G_i||^2, phi_i, phi_i^2 times the residual's square
+  float* factor;                     // [1]: c
+  std::uint16_t *basis, *direction;  // Q and N - inside c phi R in bf16, as panels: low_rank_panels.cuh
 
   __host__ __device__ std::int32_t vectors() const { return right ? m : n; }
   __host__ __device__ std::int32_t side() const { return right ? n : m; }
@@ -47,24 +51,36 @@ struct LowRankStep {
   std::uint64_t seed;
 };
 
-/// A tile of one matrix: 128 vectors x 128 of the rank, or 128 x 128 of W; or some vectors.
+/// Part of one matrix, a unit of a kernel's work.
 struct LowRankPiece {
   std::int32_t matrix, row, column;
 };
 
-/// A launch's tables in device memory.
+/// A launch's tables in device memory. Addresses are multiples of 64, for the tensor maps.
 struct LowRankTable {
   const LowRankMatrix* matrices;
   const LowRankPiece* pieces;
   int count;  // of pieces
+  int rank;   // the largest
+  int multiprocessors;
   const double* scalars;
   LowRankStep step;
   cudaStream_t stream;
 };
 
-/// R and the squared norms of the vectors. Pieces: row is the first vector, column the first of the rank.
+/// How the copy engine reads the gradient of `matrix`. On the host.
+CUtensorMap low_rank_gradient_map(const LowRankMatrix& matrix);
+/// Of a bf16 copy of [rows, columns] as panels.
+std::size_t low_rank_panel_bytes(int rows, int columns);
+
+/// Q as panels. Pieces: 128 rows of Q each, row is the first.
+/// floor  6 bytes for each of short * r elements
+void low_rank_basis(const LowRankTable& table);
+/// R and the squared norms of the vectors. Pieces: 128 vectors x low_rank_project_width(rank) of the rank; row is the
+/// first vector, column the first of the rank.
 /// floor  reads G: 4 bytes a parameter; 2 m n r FLOPs
 void low_rank_project(const LowRankTable& table);
+constexpr int low_rank_project_width(int largest_rank) { return largest_rank > 128 ? 256 : 128; }
 /// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs. Pieces: row is the first vector,
 /// column their count, a multiple of which covers whole blocks of 8 elements.
 /// floor  24 bytes for each of long * r elements
@@ -72,15 +88,24 @@ inline constexpr int kMomentsGroups = 512;  // of eight elements, in a piece
 void low_rank_moments(const LowRankTable& table);
 /// The limiter's factor and its norm, one block a matrix; `count` is the number of matrices.
 void low_rank_limit(const LowRankTable& table);
-/// W. Pieces: tiles of W.
+/// N - inside c phi R as panels. Pieces: 128 vectors each, row is the first.
+/// floor  6 bytes for each of long * r elements
+void low_rank_direction(const LowRankTable& table);
+/// W. Pieces: tiles of 128 x 128; those of the same vectors follow each other.
 /// floor  reads G, W, low and writes W, low: 12 bytes a parameter; 2 m n r FLOPs
 void low_rank_apply(const LowRankTable& table);
 
 /// Scratch of a refresh, of one matrix at a time.
 struct RefreshScratch {
-  float *inner, *outer;           // [long, r], [short, r]
-  double *gram, *square;          // [r, r]; [r], its diagonal before it is factored
-  std::uint32_t *barrier, *lost;  // [1], zero; [1], whether a column was lost
+  float* inner;                     // [long, r]: G Q
+  float *outer, *other;             // [short, r]: G' G Q on its way to orthonormal columns
+  float* basis;                     // [short, r]: the basis between passes
+  float* parts;                     // sums of parts of a product's depth
+  double* gram_parts;               // the same of the Gram matrix
+  double *gram, *inverse, *square;  // [r, r], upper; [r, r], lower: of its factor's transpose; [r]: its diagonal
+  float* triangle;                  // [r, r]: what the columns are multiplied by, transposed
+  std::uint32_t* barrier;           // [1], zero
+  std::uint32_t *lost, *large;      // [1]: a column was lost; an angle is not small
 };
 struct RefreshPasses {
   int passes;       // of Q <- orth(G' (G Q)) at a refresh
@@ -92,9 +117,8 @@ inline constexpr int kLargestRefreshRank = 1536;
 std::size_t refresh_scratch_bytes(int vectors, int side, int rank);
 RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank);
 /// New bases of the matrices that are due at this step, one after another, each by all multiprocessors: block power
-/// iteration with CholeskyQR2 in f64. One launch, which ends at once when none is due. `count` is the number of
-/// matrices.
-void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options,
-                      int multiprocessors);
+/// iteration, and CholeskyQR in f64. One launch, which ends at once when none is due. `count` is the number of
+/// matrices. A gradient that has no subspace of this rank leaves its basis.
+void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options);
 
 }  // namespace kiln::cuda

@@ -1,11 +1,13 @@
 #include "kernels/launch.cuh"
 #include "kernels/low_rank.cuh"
+#include "kernels/split_master.cuh"
 #include "kernels/vector.cuh"
 
 namespace kiln::cuda {
 namespace {
 
-constexpr int kThreads = 256, kEach = 8;  // elements that a thread has at a time
+constexpr int kThreads = 256, kEach = 8;  // elements of a group
+constexpr int kGroups = kMomentsGroups / kThreads;
 constexpr float kNormEps = 1e-8f;
 
 struct Moments {
@@ -13,53 +15,66 @@ struct Moments {
   bool residual;
 };
 
-/// Vectors [piece.row, piece.row + piece.column) of one matrix. The sums of a vector are those of its groups of eight
-/// elements, in order: the result does not depend on how vectors share out threads.
-__global__ void __launch_bounds__(kThreads)
+/// Eight elements' new moments; N and R as pairs take R's place. Returns the sums of the squares of N and of R.
+__device__ float2 advance(Float8& m, Float8& v, const Float8& r, std::uint32_t (&pairs)[kEach], const Moments& c) {
+  float2 sum = make_float2(0, 0);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const float x = r.v[j];
+    m.v[j] = c.b1 * m.v[j] + c.c1 * x;
+    v.v[j] = c.b2 * v.v[j] + c.c2 * x * x;
+    const float n = m.v[j] / (sqrtf(v.v[j]) + c.eps);
+    sum.x += n * n;
+    sum.y += x * x;
+    pairs[j] = pack2(n, x);
+  }
+  return sum;
+}
+
+/// Vectors [piece.row, piece.row + piece.column) of one matrix. A thread loads all that it takes before it stores
+/// anything, 192 bytes: device memory then has enough to do. Sums of a vector are added by one warp in a fixed order.
+__global__ void __launch_bounds__(kThreads, 3)
     moments_of(const LowRankMatrix* matrices, const LowRankPiece* pieces, const double* scalars, Moments c) {
-  extern __shared__ float2 sums[];  // by group: squares of N and of R
+  __shared__ float2 sums[kMomentsGroups];  // by group: squares of N and of R
   if (skipped(scalars)) return;
   const LowRankPiece piece = pieces[blockIdx.x];
-  const LowRankMatrix t = matrices[piece.matrix];
-  const int groups_of_vector = t.rank / kEach, groups = min(piece.column, t.vectors() - piece.row) * groups_of_vector;
+  const LowRankMatrix& t = matrices[piece.matrix];
+  const int groups_of_vector = t.rank / kEach, vectors = min(piece.column, t.vectors() - piece.row);
+  const int groups = vectors * groups_of_vector, thread = static_cast<int>(threadIdx.x);
   const std::int64_t first = static_cast<std::int64_t>(piece.row) * t.rank;
-  for (int group = static_cast<int>(threadIdx.x); group < groups; group += kThreads) {
-    const std::int64_t at = first + group * kEach;
-    float2 sum = make_float2(0, 0);
+  float *const moment = t.moment + first, *const square = t.square + first, *const projected = t.projected + first;
+  Float8 m[kGroups], v[kGroups], r[kGroups];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float4* m = reinterpret_cast<float4*>(t.moment + at) + half;
-      float4* v = reinterpret_cast<float4*>(t.square + at) + half;
-      float4* projected = reinterpret_cast<float4*>(t.projected + at) + half;
-      float4 moment = *m, square = *v;
-      const float4 r = *projected;
-      uint4 pair;
-      auto one = [&](float x, float& first_moment, float& second_moment, std::uint32_t& out) {
-        first_moment = c.b1 * first_moment + c.c1 * x;
-        second_moment = c.b2 * second_moment + c.c2 * x * x;
-        const float n = first_moment / (sqrtf(second_moment) + c.eps);
-        sum.x += n * n;
-        sum.y += x * x;
-        out = pack2(n, x);
-      };
-      one(r.x, moment.x, square.x, pair.x);
-      one(r.y, moment.y, square.y, pair.y);
-      one(r.z, moment.z, square.z, pair.z);
-      one(r.w, moment.w, square.w, pair.w);
-      *m = moment;
-      *v = square;
-      *reinterpret_cast<uint4*>(projected) = pair;
-    }
-    sums[group] = sum;
+  for (int i = 0; i < kGroups; ++i) {
+    const int group = thread + i * kThreads;
+    if (group >= groups) break;
+    r[i] = load_state(projected + group * kEach);
+    m[i] = load_state(moment + group * kEach);
+    v[i] = load_state(square + group * kEach);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const int group = thread + i * kThreads;
+    if (group >= groups) break;
+    std::uint32_t pairs[kEach];
+    sums[group] = advance(m[i], v[i], r[i], pairs, c);
+    store_state(moment + group * kEach, m[i], 0, 0, 0);
+    store_state(square + group * kEach, v[i], 0, 0, 0);
+    uint4* to = reinterpret_cast<uint4*>(projected + group * kEach);
+    to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
   }
   if (!c.residual) return;
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i * groups_of_vector < groups; i += kThreads) {
+  for (int i = thread / 32; i < vectors; i += kThreads / 32) {
     float2 total = make_float2(0, 0);
-    for (int group = 0; group < groups_of_vector; ++group) {
+    for (int group = thread % 32; group < groups_of_vector; group += 32) {
       total.x += sums[i * groups_of_vector + group].x;
       total.y += sums[i * groups_of_vector + group].y;
     }
+    total.x = warp_sum(total.x);
+    total.y = warp_sum(total.y);
+    if (thread % 32 != 0) continue;
     const int vector = piece.row + i;
     const float phi = sqrtf(total.x) / (sqrtf(total.y) + kNormEps);
     t.phi[vector] = phi;
@@ -93,9 +108,8 @@ void low_rank_moments(const LowRankTable& table) {
                   .eps = static_cast<float>(s.eps),
                   .inside_square = static_cast<float>(s.inside_square),
                   .residual = s.residual};
-  launch(
-      {"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream, kMomentsGroups * sizeof(float2)},
-      moments_of, table.matrices, table.pieces, table.scalars, c);
+  launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream}, moments_of, table.matrices,
+         table.pieces, table.scalars, c);
 }
 
 void low_rank_limit(const LowRankTable& table) {

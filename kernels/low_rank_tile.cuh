@@ -5,9 +5,10 @@
 #include <cstdint>
 
 #include "kernels/hopper.cuh"
+#include "kernels/low_rank.cuh"
 
-/// Matrix products whose operands a callable fetches from global memory, four f32 at a time: the low-rank optimizers
-/// read gradients, bases and moments of several types and orders, and want sums of squares on the way.
+/// Matrix products of f32 matrices of either order, fetched four elements at a time and rounded on the way: those of a
+/// refresh, whose operands are used once.
 namespace kiln::cuda {
 
 inline constexpr int kTileThreads = 256, kTile = 128, kTileDepth = 32;
@@ -73,10 +74,22 @@ __device__ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline std::uint32_t pack2(float x, float y) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-  return *reinterpret_cast<const std::uint32_t*>(&pair);
-}
+/// A row-major f32 matrix as an operand: its columns are the operand's rows (kOrder rows), or its rows are, read along
+/// the depth.
+template <Contiguous kOrder>
+struct MatrixFetch {
+  const float* data;
+  int outer, inner, first;  // sizes of the matrix; first row of the operand
+
+  __device__ MatrixFetch(const float* matrix, int rows, int columns, int first_row)
+      : data(matrix), outer(rows), inner(columns), first(first_row) {}
+  __device__ float4 operator()(int row, int depth) const {
+    const int major = kOrder == Contiguous::rows ? depth : first + row;
+    const int minor = kOrder == Contiguous::rows ? first + row : depth;
+    if (major >= outer || minor >= inner) return make_float4(0, 0, 0, 0);
+    return *reinterpret_cast<const float4*>(data + static_cast<std::int64_t>(major) * inner + minor);
+  }
+};
 
 /// C [128, 128] = A [128, depth] B [128, depth]', by a block of 256 threads: eight warps of 32 x 64.
 ///
@@ -92,16 +105,17 @@ struct TileProduct {
 
   float sum[2][8][4] = {};
 
-  /// `a` and `b` are called as (i, row, depth) for the thread's i-th fetch and return four elements; they give zeros
-  /// outside their matrix. Ends with a barrier, after which `shared` is free.
+  /// Sums over [from, to) of the depth, `from` a multiple of kTileDepth and `to` too, or the end. `a` and `b` are
+  /// called as (row, depth) and return four elements; they give zeros outside their matrix. Ends with a barrier, after
+  /// which `shared` is free.
   template <typename FetchA, typename FetchB>
-  __device__ void run(int depth, bf16* shared, FetchA& a, FetchB& b) {
+  __device__ void run(int from, int to, bf16* shared, const FetchA& a, const FetchB& b) {
     float4 from_a[kFetchesAStep], from_b[kFetchesAStep];
     auto fetch = [&](int first) {
 #pragma unroll
       for (int i = 0; i < kFetchesAStep; ++i) {
-        from_a[i] = a(i, A::row(i), first + A::depth(i));
-        from_b[i] = b(i, B::row(i), first + B::depth(i));
+        from_a[i] = a(A::row(i), first + A::depth(i));
+        from_b[i] = b(B::row(i), first + B::depth(i));
       }
     };
     auto stage = [&](int which) { return shared + which * kStage; };
@@ -113,13 +127,13 @@ struct TileProduct {
         store(B::at(to + kParts * A::kElements, B::row(i), B::depth(i)), B::kElements, from_b[i]);
       }
     };
-    if (depth > 0) {
-      fetch(0);
+    if (from < to) {
+      fetch(from);
       put(0);
     }
     __syncthreads();
-    for (int first = 0, which = 0; first < depth; first += kTileDepth, which ^= 1) {
-      const bool more = first + kTileDepth < depth;
+    for (int first = from, which = 0; first < to; first += kTileDepth, which ^= 1) {
+      const bool more = first + kTileDepth < to;
       if (more) fetch(first + kTileDepth);
       multiply(stage(which), stage(which) + kParts * A::kElements);
       if (more) put(which ^ 1);

@@ -53,9 +53,10 @@ struct Master8 {
   Float8 value;
 
   /// `low` may be null: bf16 alone.
-  __device__ Master8(const std::uint16_t* w, const std::uint16_t* low, std::int64_t at) {
-    const uint4 high = *reinterpret_cast<const uint4*>(w + at);
-    const uint4 rest = low == nullptr ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(low + at);
+  __device__ Master8(const std::uint16_t* w, const std::uint16_t* low, std::int64_t at)
+      : Master8(*reinterpret_cast<const uint4*>(w + at),
+                low == nullptr ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(low + at)) {}
+  __device__ Master8(uint4 high, uint4 rest) {
     auto one = [](std::uint32_t h, std::uint32_t l, float& first, float& second) {
       first = joined(static_cast<std::uint16_t>(h), static_cast<std::uint16_t>(l));
       second = joined(static_cast<std::uint16_t>(h >> 16), static_cast<std::uint16_t>(l >> 16));

@@ -16,17 +16,21 @@ using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowM
 
 /// The matrices of a group: tall, wide and square, none a multiple of the kernels' tiles.
 const std::vector<Shape> kShapes{{200, 136}, {136, 328}, {128, 128}};
+/// More tiles than any GPU has multiprocessors: blocks walk along them, from panel to panel and matrix to matrix.
+const std::vector<Shape> kLargeShapes{{3000, 1400}, {1000, 936}, {1400, 3000}};
 
 /// One node for each matrix, each with a storage of its own.
 struct Family {
   Backend& backend;
+  std::vector<Shape> shapes;
   Plan plan;
   std::vector<DeviceArray> w, low, g;
   DeviceArray scalars;
   std::vector<std::vector<DeviceArray>> states;
   std::unique_ptr<Executor> executor;
 
-  Family(Backend& device, const OptimizerOptions& options) : backend(device), scalars(device, scalars_spec()) {
+  Family(Backend& device, const OptimizerOptions& options, std::vector<Shape> of = kShapes)
+      : backend(device), shapes(std::move(of)), scalars(device, scalars_spec()) {
     const auto optimizer = make_optimizer(options);
     const ValueId step = plan.external("scalars", scalars_spec(), Role::input);
     std::vector<std::pair<ValueId, Tensor>> bound{{step, scalars.view()}};
@@ -34,16 +38,16 @@ struct Family {
       bound.emplace_back(plan.external(name, memory.view().spec, role), memory.view());
       return bound.back().first;
     };
-    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
       const Parameter parameter{.name = fmt::format("layer.{}.weight", i),
-                                .shape = kShapes[i],
+                                .shape = shapes[i],
                                 .decay = true,
                                 .low_rank = true,
                                 .low_rank_index = static_cast<std::int64_t>(i),
-                                .low_rank_count = static_cast<std::int64_t>(kShapes.size())};
-      w.emplace_back(device, TensorSpec{kShapes[i], device.is_host() ? DType::f32 : DType::bf16});
-      g.emplace_back(device, TensorSpec{kShapes[i], DType::f32});
-      low.emplace_back(device, TensorSpec{kShapes[i], DType::u16});
+                                .low_rank_count = static_cast<std::int64_t>(shapes.size())};
+      w.emplace_back(device, TensorSpec{shapes[i], device.is_host() ? DType::f32 : DType::bf16});
+      g.emplace_back(device, TensorSpec{shapes[i], DType::f32});
+      low.emplace_back(device, TensorSpec{shapes[i], DType::u16});
       std::vector<ValueId> inputs{external("w", w[i], Role::parameter), external("g", g[i], Role::gradient), step};
       states.emplace_back();
       for (const StateSpec& state : optimizer->states(parameter)) {
@@ -79,8 +83,7 @@ struct Family {
 };
 
 /// A decaying spectrum with noise, so that there is a subspace to find and a residual.
-std::vector<float> gradient_of(std::size_t matrix, int step) {
-  const Shape& shape = kShapes[matrix];
+std::vector<float> gradient_of(const Shape& shape, std::size_t matrix, int step) {
   const std::uint64_t seed = 100 * matrix + 7;
   std::vector<float> g = normals(shape.numel(), seed + static_cast<std::uint64_t>(step), 2e-4);
   for (std::uint64_t term = 0; term < 40; ++term) {
@@ -106,11 +109,12 @@ OptimizerOptions options_of(OptimizerKind kind, std::int64_t rank) {
 }
 
 /// Change of the weights relative to what the CPU's f32 changes, after `steps` steps from the same states.
-void check_steps(Backend& gpu, const OptimizerOptions& options, int steps, double limit) {
-  Family device(gpu, options), host(cpu_backend(), options);
+void check_steps(Backend& gpu, const OptimizerOptions& options, int steps, double limit,
+                 const std::vector<Shape>& shapes = kShapes) {
+  Family device(gpu, options, shapes), host(cpu_backend(), options, shapes);
   CHECK(device.executor->packing().groups.size() == 1);  // all in one kernel's launches
-  for (std::size_t i = 0; i < kShapes.size(); ++i) {
-    const std::vector<float> start = normals(kShapes[i].numel(), i + 1, 0.02);
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const std::vector<float> start = normals(shapes[i].numel(), i + 1, 0.02);
     device.set_weights(i, start);
     host.set_weights(i, start);
     // A basis that is orthonormal and not the dominant one, the same on both.
@@ -124,22 +128,22 @@ void check_steps(Backend& gpu, const OptimizerOptions& options, int steps, doubl
     host.states[i][0].set(values);
   }
   for (int step = 2; step < 2 + steps; ++step) {
-    for (std::size_t i = 0; i < kShapes.size(); ++i) {
-      const std::vector<float> g = gradient_of(i, step);
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      const std::vector<float> g = gradient_of(shapes[i], i, step);
       device.g[i].set(g);
       host.g[i].set(g);
     }
     device.step(step);
     host.step(step);
   }
-  for (std::size_t i = 0; i < kShapes.size(); ++i) {
-    const std::vector<float> start = normals(kShapes[i].numel(), i + 1, 0.02);
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const std::vector<float> start = normals(shapes[i].numel(), i + 1, 0.02);
     std::vector<float> found = device.weights(i), expected = host.weights(i);
     for (std::size_t e = 0; e < start.size(); ++e) {
       found[e] -= start[e];
       expected[e] -= start[e];
     }
-    INFO(to_string(options.kind) << " " << kShapes[i].str());
+    INFO(to_string(options.kind) << " " << shapes[i].str());
     CHECK(relative_error({found.begin(), found.end()}, {expected.begin(), expected.end()}) <= limit);
     for (std::size_t s = 1; s < device.states[i].size(); ++s) {
       const std::vector<float> a = device.states[i][s].get<float>(), b = host.states[i][s].get<float>();
@@ -159,6 +163,13 @@ TEST_CASE("GaLore and Fira on the GPU follow the CPU's f32", "[gpu]") {
   }
 }
 
+TEST_CASE("blocks of the GPU follow the CPU's f32 along many tiles", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const std::int64_t rank : {40, 264})  // whole panels of 128 and of 256 in shared memory
+    check_steps(*gpu, options_of(OptimizerKind::fira, rank), 2, 1e-2, kLargeShapes);
+  check_steps(*gpu, options_of(OptimizerKind::fira, 520), 2, 1e-2, kLargeShapes);  // panels that do not fit
+}
+
 /// Share of the gradient's square inside the subspace.
 double energy(const Matrix& g, const Matrix& q, bool right) {
   return (right ? Matrix(g * q) : Matrix(g.transpose() * q)).squaredNorm() / g.squaredNorm();
@@ -174,7 +185,7 @@ TEST_CASE("the bases that the GPU finds are orthonormal and hold the dominant su
     for (int step = 1; step <= 9; ++step) {
       std::vector<std::vector<float>> g;
       for (std::size_t i = 0; i < kShapes.size(); ++i) {
-        g.push_back(gradient_of(i, step));
+        g.push_back(gradient_of(kShapes[i], i, step));
         device.g[i].set(g.back());
       }
       device.step(step);
