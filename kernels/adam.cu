@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "graph/parameter.h"
+#include "kernels/adam_moments.cuh"
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
-#include "kernels/split_master.cuh"
 
 namespace kiln::cuda {
 namespace {
@@ -17,13 +17,13 @@ constexpr int kThreads = 256, kPerThread = 8, kBlock = kThreads * kPerThread;
 struct Target {
   std::uint16_t* w;    // bf16
   std::uint16_t* low;  // lower halves of the f32 masters; null: stochastic rounding
-  const float* g;
-  void *m, *v;  // f32 or bf16
+  const void* g;
+  MomentPointers moments;
   std::int64_t n;
-  std::uint64_t stream;  // of stochastic rounding
   double beta1, beta2, weight_decay;
   float eps;
   bool pytorch;
+  bool half_gradient;  // g is bf16, else f32
 };
 /// kBlock elements of one target.
 struct Piece {
@@ -49,14 +49,22 @@ __device__ Constants constants(const Target& t, const double* scalars) {
           static_cast<float>(t.pytorch ? 1.0 : decay)};
 }
 
-/// Bytes an element: w, low, m and v are read and written, g is read: 28 with masters and f32 states, 16 with bf16
-/// everywhere but g. All parameters in one launch.
+/// Bytes an element: w, low, m and v are read and written, g is read: 28 with masters, f32 states and f32 gradients; 14
+/// with bf16 everywhere, 16 with masters, f32 gradients and 8-bit states. All parameters in one launch.
 template <typename State>
 __global__ void __launch_bounds__(kThreads)
-    update(const Target* targets, const Piece* pieces, int count, const double* scalars, std::uint64_t seed) {
+    update(const Target* targets, const Piece* pieces, int count, const double* scalars, std::uint64_t seed,
+           [[maybe_unused]] const CodeMaps* maps) {
   if (!isfinite(scalars[static_cast<int>(Scalar::grad_norm)])) return;
   const float clip = static_cast<float>(scalars[static_cast<int>(Scalar::clip_scale)]);
   const std::uint64_t key = rounding_seed(seed, scalars[static_cast<int>(Scalar::step)]);
+  __shared__ float code_maps[sizeof(State) == 1 ? sizeof(CodeMaps) / sizeof(float) : 1];
+  const auto access = [&] {
+    if constexpr (sizeof(State) == 1)
+      return MomentAccess<State>(*maps, code_maps, kThreads);
+    else
+      return MomentAccess<State>();
+  }();
   __shared__ Constants shared;
   int current = -1;
   for (int p = static_cast<int>(blockIdx.x); p < count; p += static_cast<int>(gridDim.x)) {
@@ -71,9 +79,10 @@ __global__ void __launch_bounds__(kThreads)
     const Constants c = shared;
     const std::int64_t i = piece.first + threadIdx.x * kPerThread;
     if (i >= t.n) continue;
-    State *moments = static_cast<State*>(t.m) + i, *squares = static_cast<State*>(t.v) + i;
-    const Float8 g = load_state(t.g + i);
-    Float8 m = load_state(moments), v = load_state(squares);
+    const Float8 g = t.half_gradient ? load_state(static_cast<const bf16*>(t.g) + i)
+                                     : load_state(static_cast<const float*>(t.g) + i);
+    Float8 m, v;
+    access.load(t.moments, i, m, v);
     Master8 w(t.w, t.low, i);
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
@@ -82,9 +91,8 @@ __global__ void __launch_bounds__(kThreads)
       v.v[k] = c.b2 * v.v[k] + c.c2 * x * x;
       w.value.v[k] = c.after * (c.before * w.value.v[k] - c.rate * m.v[k] / (sqrtf(v.v[k]) / c.root + t.eps));
     }
-    store_state(moments, m, key, t.stream + 1, i);
-    store_state(squares, v, key, t.stream + 2, i);
-    w.store(t.w, t.low, i, key, t.stream);
+    access.store(t.moments, i, m, v, key);
+    w.store(t.w, t.low, i, key, t.moments.stream);
   }
 }
 
@@ -93,6 +101,8 @@ class AdamKernel final : public Kernel {
  public:
   AdamKernel(const Nodes& nodes, Context& context) : stream_(context.stream), blocks_(8 * context.multiprocessors) {
     for (std::size_t i = 0; i < nodes.group.count; ++i) ops_.push_back(&nodes.op<AdamUpdate>(i));
+    state_ = nodes.inputs()[3].dtype;
+    if (state_ == DType::u8) maps_ = context.allocate(sizeof(CodeMaps), "maps of 8-bit states");
     std::size_t pieces = 0;
     for (const AdamUpdate* op : ops_) pieces += blocks_for(op->parameter().shape.numel(), kBlock);
     targets_ = context.allocate(ops_.size() * sizeof(Target), "table of updates");
@@ -106,53 +116,60 @@ class AdamKernel final : public Kernel {
       const UpdateArgs a = ops_[i]->arguments(nodes[i]);
       const AdamUpdate::Options& o = ops_[i]->options();
       const std::int64_t n = a.w.numel();
-      require(n % kPerThread == 0, "adam_update: {} of {} elements, expected a multiple of {}",
-              ops_[i]->parameter().name, n, kPerThread);
+      const bool coded = state_ == DType::u8;
+      require(n % (coded ? kStateBlock : kPerThread) == 0, "{}: {} of {} elements, expected a multiple of {}",
+              ops_[i]->name(), ops_[i]->parameter().name, n, coded ? kStateBlock : kPerThread);
       targets.push_back({.w = static_cast<std::uint16_t*>(a.w.data),
                          .low = static_cast<std::uint16_t*>(a.low.data),
-                         .g = a.g.as<float>(),
-                         .m = a.states[0].data,
-                         .v = a.states[1].data,
+                         .g = a.g.data,
+                         .moments = {.first = a.states[0].data,
+                                     .second = a.states[coded ? 2 : 1].data,
+                                     .first_scale = coded ? a.states[1].as<float>() : nullptr,
+                                     .second_scale = coded ? a.states[3].as<float>() : nullptr,
+                                     .stream = ops_[i]->stream()},
                          .n = n,
-                         .stream = ops_[i]->stream(),
                          .beta1 = o.beta1,
                          .beta2 = o.beta2,
                          .weight_decay = ops_[i]->parameter().decay ? o.weight_decay : 0.0,
                          .eps = static_cast<float>(o.eps),
-                         .pytorch = o.form == AdamForm::pytorch});
+                         .pytorch = o.form == AdamForm::pytorch,
+                         .half_gradient = a.g.dtype() == DType::bf16});
       for (std::int64_t first = 0; first < n; first += kBlock) pieces.push_back({static_cast<int>(i), first});
     }
     count_ = static_cast<int>(pieces.size());
     copy_to_device(targets_, targets.data(), stream_);
     copy_to_device(pieces_, pieces.data(), stream_);
+    const CodeMaps maps{state_map(StateValues::any), state_map(StateValues::positive)};
+    if (state_ == DType::u8) copy_to_device(maps_, &maps, stream_);
   }
 
   void run(std::span<const KernelArgs> nodes) override {
-    const bool wide = nodes.front().in[3].dtype() == DType::f32;
     launch({"adam_update", static_cast<unsigned>(std::min(count_, blocks_)), kThreads, stream_},
-           wide ? update<float> : update<bf16>, reinterpret_cast<const Target*>(targets_.data()),
-           reinterpret_cast<const Piece*>(pieces_.data()), count_, nodes.front().in[2].as<double>(),
-           ops_.front()->options().seed);
+           state_ == DType::f32    ? update<float>
+           : state_ == DType::bf16 ? update<bf16>
+                                   : update<std::uint8_t>,
+           reinterpret_cast<const Target*>(targets_.data()), reinterpret_cast<const Piece*>(pieces_.data()), count_,
+           nodes.front().in[2].as<double>(), ops_.front()->options().seed,
+           reinterpret_cast<const CodeMaps*>(maps_.data()));
   }
 
  private:
   cudaStream_t stream_;
   int blocks_, count_ = 0;
   std::vector<const AdamUpdate*> ops_;
-  Buffer targets_, pieces_;
+  DType state_ = DType::f32;
+  Buffer targets_, pieces_, maps_;
 };
 
 std::unique_ptr<Kernel> make_adam(const Nodes& nodes, Context& context) {
   require(nodes.inputs()[0].dtype == DType::bf16, "adam_update: weights of {}, expected bf16",
           to_string(nodes.inputs()[0].dtype));
-  const DType state = nodes.inputs()[3].dtype;
-  require(state == DType::f32 || state == DType::bf16,
-          "adam_update: states of {}; set optimizer.states to fp32 or bf16, or train on the CPU", to_string(state));
   return std::make_unique<AdamKernel>(nodes, context);
 }
 
 }  // namespace
 
 OpEntry adam_entry() { return {.name = "adam_update", .make = make_adam, .any_count = true}; }
+OpEntry adam8bit_entry() { return {.name = "adam8bit_update", .make = make_adam, .any_count = true}; }
 
 }  // namespace kiln::cuda

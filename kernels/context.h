@@ -93,6 +93,7 @@ OpEntry last_row_entry();
 OpEntry loss_sum_entry();
 OpEntry gradient_norm_entry();
 OpEntry adam_entry();
+OpEntry adam8bit_entry();
 OpEntry galore_entry();
 OpEntry fira_entry();
 

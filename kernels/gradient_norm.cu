@@ -5,7 +5,7 @@
 #include "graph/parameter.h"
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
-#include "kernels/vector.cuh"
+#include "kernels/split_master.cuh"
 #include "ops/loss_sum.h"
 
 namespace kiln::cuda {
@@ -14,29 +14,40 @@ namespace {
 constexpr int kThreads = 256, kPiece = 16384;  // elements whose squares one block sums
 
 struct Piece {
-  const float* g;
+  const void* g;
   int count;
+  bool half;  // bf16, else f32
 };
+
+__device__ float to_f32(float x) { return x; }
+__device__ float to_f32(bf16 x) { return __bfloat162float(x); }
+
+/// Sum over the block's elements in f32 within a thread's strided share of eights, what is left in its first thread.
+template <typename T>
+__device__ double share_of(const T* g, int count) {
+  const int eights = count / 8;
+  float sum[8] = {};
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < eights; i += kThreads) {
+    const Float8 x = load_state(g + 8 * i);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum[k] += x.v[k] * x.v[k];
+  }
+  double mine = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) mine += static_cast<double>(sum[k]);
+  if (threadIdx.x == 0)
+    for (int i = eights * 8; i < count; ++i)
+      mine += static_cast<double>(to_f32(g[i])) * static_cast<double>(to_f32(g[i]));
+  return mine;
+}
 
 /// partial[p] = sum of squares of piece p: f32 within a thread's strided share, f64 across threads.
 __global__ void __launch_bounds__(kThreads) squares(const Piece* pieces, double* partial) {
   __shared__ double scratch[kThreads / 32];
   const Piece piece = pieces[blockIdx.x];
-  const int vectors = piece.count / 4;
-  float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
-    const float4 x = reinterpret_cast<const float4*>(piece.g)[i];
-    sum.x += x.x * x.x;
-    sum.y += x.y * x.y;
-    sum.z += x.z * x.z;
-    sum.w += x.w * x.w;
-  }
-  double mine =
-      static_cast<double>(sum.x) + static_cast<double>(sum.y) + static_cast<double>(sum.z) + static_cast<double>(sum.w);
-  if (threadIdx.x == 0)
-    for (int i = vectors * 4; i < piece.count; ++i)
-      mine += static_cast<double>(piece.g[i]) * static_cast<double>(piece.g[i]);
+  const double mine = piece.half ? share_of(static_cast<const bf16*>(piece.g), piece.count)
+                                 : share_of(static_cast<const float*>(piece.g), piece.count);
   const double total = block_sum(mine, scratch);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
@@ -73,9 +84,14 @@ class GradientNormKernel final : public Kernel {
   void bind(std::span<const KernelArgs> nodes) override {
     std::vector<Piece> pieces;
     const std::span<const Tensor> in = nodes.front().in;
-    for (const Tensor& g : in.first(in.size() - 1))
+    for (const Tensor& g : in.first(in.size() - 1)) {
+      const bool half = g.dtype() == DType::bf16;
+      require(half || g.dtype() == DType::f32, "gradient_norm: gradient of {}, expected f32 or bf16",
+              to_string(g.dtype()));
       for (std::int64_t first = 0; first < g.numel(); first += kPiece)
-        pieces.push_back({g.as<float>() + first, static_cast<int>(std::min<std::int64_t>(kPiece, g.numel() - first))});
+        pieces.push_back({static_cast<const std::byte*>(g.data) + static_cast<std::size_t>(first) * size_of(g.dtype()),
+                          static_cast<int>(std::min<std::int64_t>(kPiece, g.numel() - first)), half});
+    }
     count_ = static_cast<int>(pieces.size());
     copy_to_device(table_, pieces.data(), stream_);
   }

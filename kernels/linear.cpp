@@ -55,6 +55,7 @@ std::unique_ptr<Kernel> make_weight_gradient(const Nodes& nodes, Context& contex
   return simple_kernel([&context, add](const KernelArgs& args) {
     const Tensor &dy = args.in[0], &x = args.in[1];
     const std::int64_t m = dy.shape()[1], k = x.shape()[1];
+    const Tensor& dw = add ? args.in[2] : args.out[0];
     context.gemms->run({.trans_a = Trans::yes,
                         .m = m,
                         .n = k,
@@ -63,9 +64,9 @@ std::unique_ptr<Kernel> make_weight_gradient(const Nodes& nodes, Context& contex
                         .lda = m,
                         .b = x.data,
                         .ldb = k,
-                        .c = add ? args.in[2].data : args.out[0].data,
+                        .c = dw.data,
                         .ldc = k,
-                        .c_type = DType::f32,
+                        .c_type = dw.dtype(),
                         .accumulate = add || args.accumulate},
                        args.workspace.data);
   });

@@ -33,6 +33,7 @@ const std::vector<OpEntry>& entries() {
                                          loss_sum_entry(),
                                          gradient_norm_entry(),
                                          adam_entry(),
+                                         adam8bit_entry(),
                                          galore_entry(),
                                          fira_entry()};
   return list;

@@ -69,6 +69,7 @@ void run_step(const BenchArguments& a) {
                                       .clip_norm = a.clip_norm,
                                       .recompute = parse_recompute(a.recompute),
                                       .masters = a.weights == "fp32",
+                                      .gradients = config.precision.gradients,
                                       .update_in_backward = config.memory.update == UpdatePlacement::in_backward});
   if (!a.json) return print_step(a, bench);
   Json json{{"preset", a.preset},
@@ -180,7 +181,7 @@ void add_bench_command(CLI::App& app) {
   command->footer("Example:\n  kiln bench step --preset llama_60m --sequences 8");
   auto a = std::make_shared<BenchArguments>();
   CLI::App* step = command->add_subcommand("step", "whole training steps on synthetic tokens, by op");
-  step->add_option("overrides", a->overrides, "optimizer.* and memory.update, as key.path=value");
+  step->add_option("overrides", a->overrides, "optimizer.*, memory.update and precision.gradients, as key.path=value");
   step->add_option("--preset", a->preset)->capture_default_str();
   step->add_option("--optimizer", a->optimizer, "a member of the family, by its optimizer.kind")->capture_default_str();
   step->add_option("--sequences", a->sequences, "of one micro-batch")->capture_default_str();

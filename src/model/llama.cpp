@@ -147,7 +147,7 @@ LlamaValues record_llama(Plan& plan, const LlamaConfig& c, const StorageLayout& 
   v.rope_table = plan.external("rope_table", {{positions, c.head_dim}, accumulator_of(layout.dtype)}, Role::input);
 
   const AttentionShape shape = attention_shape(c, batch.seq_len);
-  const auto linear = std::make_shared<Linear>();
+  const auto linear = std::make_shared<Linear>(layout.linear_gradients);
   const auto norm = std::make_shared<RmsNorm>(RmsNorm::Options{.eps = c.rms_eps, .residual = false});
   const auto add_norm = std::make_shared<RmsNorm>(RmsNorm::Options{.eps = c.rms_eps, .residual = true});
   const auto rope = std::make_shared<Rope>(shape, Rope::Direction::forward);

@@ -25,10 +25,11 @@ struct ParameterTable {
 /// How a device stores weights: their dtype, and the multiple that ffn and vocabulary are padded to with zeros where
 /// odd sizes would slow its GEMMs. Padding stays zero through training and never reaches a checkpoint.
 struct StorageLayout {
-  StorageLayout(DType type) : dtype(type) {}  // unpadded; implicit, since a dtype says all there is
+  StorageLayout(DType type) : StorageLayout(type, 1) {}  // unpadded; implicit, since a dtype says all there is
   StorageLayout(DType type, std::int64_t padding) : dtype(type), multiple(padding) {}
   DType dtype;
-  std::int64_t multiple = 1;
+  std::int64_t multiple;
+  DType linear_gradients = DType::f32;  // of the layers' bf16 matrices: f32 or bf16
 };
 /// The sizes that a layout stores.
 LlamaConfig padded(const LlamaConfig& config, const StorageLayout& layout);

@@ -29,9 +29,11 @@ void Linear::gradient(GradientContext& context) const {
   const ValueId dy = context.grad_out(0);
   if (context.needs_gradient(1)) {
     if (context.grad_in(1).valid())
-      context.add(std::make_shared<LinearWeightGradient>(true), {dy, context.in(0), context.grad_in(1)}, "dw");
+      context.add(std::make_shared<LinearWeightGradient>(true, gradients_), {dy, context.in(0), context.grad_in(1)},
+                  "dw");
     else
-      context.set_grad_in(1, context.add(std::make_shared<LinearWeightGradient>(false), {dy, context.in(0)}, "dw")[0]);
+      context.set_grad_in(
+          1, context.add(std::make_shared<LinearWeightGradient>(false, gradients_), {dy, context.in(0)}, "dw")[0]);
   }
   if (context.needs_gradient(0))
     context.set_grad_in(0, context.add(std::make_shared<LinearInputGradient>(), {dy, context.in(1)}, "dx")[0]);
@@ -91,9 +93,9 @@ std::vector<TensorSpec> LinearWeightGradient::infer(std::span<const TensorSpec> 
   expect_same_real(name(), in.first(2));
   const Shape shape{in[0].shape[1], in[1].shape[1]};
   expect_shape(name(), "dy", in[0], {in[1].shape[0], in[0].shape[1]});
-  if (!add_) return {{shape, accumulator_of(in[0].dtype)}};
+  if (!add_) return {{shape, dtype(in[0])}};
   expect_shape(name(), "dw", in[2], shape);
-  expect_dtype(name(), "dw", in[2], accumulator_of(in[0].dtype));
+  expect_dtype(name(), "dw", in[2], dtype(in[0]));
   return {};
 }
 

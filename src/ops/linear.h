@@ -11,11 +11,16 @@ namespace kiln {
 /// error  inner sizes differ
 class Linear final : public Op {
  public:
+  /// `gradients`: dtype of dw for bf16 weights, f32 or bf16, which cannot add up over micro-batches.
+  explicit Linear(DType gradients = DType::f32) : gradients_(gradients) {}
   std::string_view name() const override { return "linear"; }
   std::vector<TensorSpec> infer(std::span<const TensorSpec> in) const override;
   void gradient(GradientContext& context) const override;
   Cost cost(std::span<const TensorSpec> in) const override;
   void run_cpu(const KernelArgs& args) const override;
+
+ private:
+  DType gradients_;
 };
 
 /// in dy [N,M], w [M,K]; out dx [N,K].
@@ -27,11 +32,11 @@ class LinearInputGradient final : public Op {
   void run_cpu(const KernelArgs& args) const override;
 };
 
-/// in dy [N,M], x [N,K]; out dw [M,K], f32 for bf16. With `add`, a third input dw is added to in place and there is no
-/// output.
+/// in dy [N,M], x [N,K]; out dw [M,K], f32 for bf16, or bf16 where asked for. With `add`, a third input dw is added to
+/// in place and there is no output.
 class LinearWeightGradient final : public Op {
  public:
-  explicit LinearWeightGradient(bool add) : add_(add) {}
+  explicit LinearWeightGradient(bool add, DType of_bf16 = DType::f32) : add_(add), of_bf16_(of_bf16) {}
   std::string_view name() const override { return "linear_dw"; }
   std::vector<TensorSpec> infer(std::span<const TensorSpec> in) const override;
   std::vector<int> mutates() const override { return add_ ? std::vector<int>{2} : std::vector<int>{}; }
@@ -39,7 +44,9 @@ class LinearWeightGradient final : public Op {
   void run_cpu(const KernelArgs& args) const override;
 
  private:
+  DType dtype(const TensorSpec& dy) const { return dy.dtype == DType::bf16 ? of_bf16_ : dy.dtype; }
   bool add_;
+  DType of_bf16_;
 };
 
 }  // namespace kiln

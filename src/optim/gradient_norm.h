@@ -6,7 +6,7 @@ namespace kiln {
 /// Global L2 norm of all gradients, and the factor that clips it: min(1, clip_norm / (norm + 1e-6)), as PyTorch's
 /// clip_grad_norm_; clip_norm 0 leaves the factor at 1.
 ///
-/// in     gradients f32|f64..., scalars last; writes Scalar::grad_norm and Scalar::clip_scale
+/// in     gradients f32|f64|bf16..., scalars last; writes Scalar::grad_norm and Scalar::clip_scale
 /// out    none; sums in f64, in an order that depends on the sizes alone. A gradient or a Scalar::loss that is not
 ///        finite makes the norm not finite, which stops the updates of the step.
 class GradientNorm final : public Op {

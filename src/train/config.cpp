@@ -65,6 +65,12 @@ std::span<const Spelling<StatePrecision>> spellings() {
   return kAll;
 }
 template <>
+std::span<const Spelling<GradientPrecision>> spellings() {
+  static constexpr Spelling<GradientPrecision> kAll[] = {
+      {"auto", GradientPrecision::automatic}, {"fp32", GradientPrecision::fp32}, {"bf16", GradientPrecision::bf16}};
+  return kAll;
+}
+template <>
 std::span<const Spelling<WeightPrecision>> spellings() {
   static constexpr Spelling<WeightPrecision> kAll[] = {{"fp32", WeightPrecision::fp32},
                                                        {"bf16_sr", WeightPrecision::bf16_sr}};
@@ -220,6 +226,10 @@ const std::vector<Field>& fields() {
       KILN_FIELD("optimizer.rewarm", optimizer.rewarm, "relora: steps of the warm-up after a restart"),
       KILN_FIELD("optimizer.clip_norm", optimizer.clip_norm, "largest global gradient norm; 0: no clipping"),
       KILN_FIELD("precision.weights", precision.weights, "fp32 | bf16_sr"),
+      KILN_FIELD(
+          "precision.gradients", precision.gradients,
+          "of the layers' matrices, on a GPU: fp32 | bf16 (one micro-batch); auto: bf16 with one micro-batch and "
+          "one rank"),
       KILN_FIELD("memory.budget", memory.budget, "bytes of one rank, such as 24GiB; auto: the GPU's memory"),
       KILN_FIELD("memory.recompute", memory.recompute,
                  "auto (the first that fits) | none | norms (outputs of norms and SwiGLU) | block (whole layers)"),

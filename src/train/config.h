@@ -17,6 +17,7 @@ namespace kiln {
 
 enum class Device { automatic, cpu, cuda };
 enum class WeightPrecision { fp32, bf16_sr };
+enum class GradientPrecision { automatic, fp32, bf16 };
 enum class OnDivergence { stop, merge };
 enum class UpdatePlacement { automatic, after_backward, in_backward };
 
@@ -76,6 +77,7 @@ struct Config {
   } optimizer;
   struct Precision {
     WeightPrecision weights = WeightPrecision::fp32;
+    GradientPrecision gradients = GradientPrecision::automatic;  // of the layers' matrices
   } precision;
   struct Memory {
     std::optional<std::uint64_t> budget;  // bytes

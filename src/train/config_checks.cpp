@@ -82,9 +82,8 @@ void check_supported(const Config& config) {
   if (config.precision.weights != WeightPrecision::fp32 && !gpu && config.run.device != Device::cuda)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
   const OptimizerOptions optimizer = optimizer_options(config);
-  if (gpu && (optimizer.states == StatePrecision::int8 || optimizer.kind == OptimizerKind::fira_plus))
-    refuse("int8 states of an optimizer (adam8bit, fira+, optimizer.states: int8) on a GPU",
-           "optimizer.states: fp32 or bf16, or run.device: cpu");
+  if (gpu && optimizer.kind == OptimizerKind::fira_plus)
+    refuse("optimizer.kind: fira+ on a GPU", "optimizer.kind: fira, or run.device: cpu");
   const bool low_rank = optimizer.kind == OptimizerKind::galore || optimizer.kind == OptimizerKind::fira;
   if (gpu && low_rank && optimizer.states != StatePrecision::fp32)
     refuse("optimizer.states other than fp32 for galore and fira on a GPU", "fp32, or run.device: cpu");

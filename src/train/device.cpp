@@ -63,6 +63,16 @@ StorageLayout storage_layout(const Backend& backend) {
   return backend.is_host() ? StorageLayout(DType::f32) : StorageLayout(DType::bf16, 64);
 }
 
+StorageLayout training_layout(const Backend& backend, GradientPrecision asked, int micro_batches, int ranks) {
+  StorageLayout layout = storage_layout(backend);
+  check(asked != GradientPrecision::bf16 || !backend.is_host(),
+        "precision.gradients: bf16 on the CPU, whose gradients are f32; use auto or fp32");
+  const bool half = asked == GradientPrecision::bf16 ||
+                    (asked == GradientPrecision::automatic && !backend.is_host() && micro_batches == 1 && ranks == 1);
+  if (half) layout.linear_gradients = DType::bf16;
+  return layout;
+}
+
 double published_flops_per_s(const Backend& backend) {
   const std::string name = backend.name();
   struct Peak {

@@ -64,12 +64,13 @@ MemoryChoice configured_memory(const Config& config, int ranks, const Backend& b
 }
 
 TrainPlanOptions plan_options(const Config& config, const MemoryChoice& choice, const Backend& backend, int ranks) {
+  const auto micro_batches = static_cast<int>(rank_share(config, ranks) / choice.micro.sequences);
   return {.model = model_config(config),
           .optimizer = optimizer_options(config),
           .micro = choice.micro,
-          .micro_batches = static_cast<int>(rank_share(config, ranks) / choice.micro.sequences),
+          .micro_batches = micro_batches,
           .clip_norm = config.optimizer.clip_norm,
-          .layout = storage_layout(backend),
+          .layout = training_layout(backend, config.precision.gradients, micro_batches, ranks),
           .recompute = choice.recompute,
           .masters = keeps_masters(config, backend),
           .update_in_backward = config.memory.update == UpdatePlacement::in_backward};

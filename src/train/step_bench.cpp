@@ -119,7 +119,7 @@ StepBench bench_step(const StepBenchOptions& o) {
                                       .micro = o.batch,
                                       .micro_batches = o.micro_batches,
                                       .clip_norm = o.clip_norm,
-                                      .layout = storage_layout(*backend),
+                                      .layout = training_layout(*backend, o.gradients, o.micro_batches, 1),
                                       .recompute = o.recompute,
                                       .masters = o.masters && !backend->is_host(),
                                       .update_in_backward = o.update_in_backward},

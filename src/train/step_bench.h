@@ -17,6 +17,7 @@ struct StepBenchOptions {
   double clip_norm = 1.0;
   Recompute recompute = Recompute::none;
   bool masters = true;  // on a GPU: f32 masters, else bf16 with stochastic rounding
+  GradientPrecision gradients = GradientPrecision::automatic;
   bool update_in_backward = false;
 };
 

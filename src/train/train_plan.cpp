@@ -23,13 +23,21 @@ void check_in_backward(const TrainPlanOptions& options) {
       options.clip_norm);
 }
 
-/// Padding must not turn a matrix's side or change its rank: states in files are those of the unpadded one.
-void check_padding(const TrainPlanOptions& options, const ParameterTable& padded) {
-  if (options.layout.multiple == 1 || options.optimizer.kind == OptimizerKind::adamw) return;
+/// States in files are those of the unpadded matrix: padding must not turn its side, change its rank or move the blocks
+/// that share a scale.
+void check_padding(const TrainPlanOptions& options, const Optimizer& optimizer, const ParameterTable& padded) {
+  if (options.layout.multiple == 1) return;
   const ParameterTable table = llama_parameters(options.model, DType::f32);
   for (std::size_t p = 0; p < table.parameters.size(); ++p) {
     const Shape &mine = table.parameters[p].shape, &stored = padded.parameters[p].shape;
-    if (!table.parameters[p].low_rank) continue;
+    if (mine == stored) continue;
+    for (const StateSpec& state : optimizer.states(padded.parameters[p]))
+      check(state.spec.dtype != DType::u8,
+            "{}: {} is stored as {} on this device, and 8-bit states of it have other blocks; use sizes that are "
+            "multiples "
+            "of {}, optimizer.states: fp32 or bf16, or train on the CPU",
+            table.parameters[p].name, mine.str(), stored.str(), options.layout.multiple);
+    if (!table.parameters[p].low_rank || !has_rank(options.optimizer.kind)) continue;
     const auto rank = [&](const Shape& shape) { return std::min({options.optimizer.rank, shape[0], shape[1]}); };
     check(projection_side(mine) == projection_side(stored) && rank(mine) == rank(stored),
           "{}: {} is stored as {} on this device, whose subspace is another one; use a model.ffn that is a multiple of "
@@ -132,6 +140,11 @@ std::size_t TrainPlan::state_bytes() const {
 TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& communicator) {
   options.model.validate();
   if (options.update_in_backward) check_in_backward(options);
+  check(options.layout.linear_gradients == DType::f32 || options.micro_batches == 1,
+        "precision.gradients: bf16 with {} micro-batches, whose gradients add up in f32; set batch.micro to a rank's "
+        "whole "
+        "share, or use auto or fp32",
+        options.micro_batches);
   TrainPlan train{.plan = {},
                   .table = llama_parameters(options.model, options.layout),
                   .optimizer = make_optimizer(options.optimizer),
@@ -139,7 +152,7 @@ TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& commu
                   .lows = {},
                   .state_specs = {},
                   .states = {}};
-  check_padding(options, train.table);
+  check_padding(options, *train.optimizer, train.table);
   Plan& plan = train.plan;
   train.values = record_llama(plan, options.model, options.layout, options.micro, LlamaOutput::losses_and_gradients,
                               options.micro.seq_len, options.recompute);

@@ -28,7 +28,8 @@ struct ModelRunOptions {
   LlamaConfig model = small_model(false);
   BatchShape batch{3, 80};  // a micro-batch
   int micro_batches = 1;
-  bool masters = true;  // on a GPU
+  bool masters = true;          // on a GPU
+  bool half_gradients = false;  // likewise, of the layers' matrices
   std::uint64_t seed = 1;
   bool keep_gradients = false;
 };
@@ -134,12 +135,14 @@ struct ModelRun {
   double counted = 1;
 
   static TrainPlan record(const ModelRunOptions& o, Backend& device, Communicator& communicator) {
+    StorageLayout layout = storage_layout(device);
+    if (o.half_gradients && !device.is_host()) layout.linear_gradients = DType::bf16;
     TrainPlan plan = record_train_plan({.model = o.model,
                                         .optimizer = {.weight_decay = 0.01, .seed = o.seed},
                                         .micro = o.batch,
                                         .micro_batches = o.micro_batches,
                                         .clip_norm = 1.0,
-                                        .layout = storage_layout(device),
+                                        .layout = layout,
                                         .masters = o.masters && !device.is_host()},
                                        communicator);
     if (o.keep_gradients)

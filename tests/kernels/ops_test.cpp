@@ -66,6 +66,14 @@ TEST_CASE("linear and its gradients on the GPU", "[gpu]") {
                     },
                 .micro_batches = 2},
                *gpu);
+    check_case({.name = "linear_dw in bf16" + at,
+                .inputs = {bf16({s.n, s.m}), bf16({s.n, s.k})},
+                .record =
+                    [](Plan& plan, const Ids& in) {
+                      const auto op = std::make_shared<LinearWeightGradient>(false, DType::bf16);
+                      return std::vector<Compared>{{plan.add1(op, in, "dw"), kOneRounding}};
+                    }},
+               *gpu);
     check_case({.name = "linear_dw, added" + at,
                 .inputs = {bf16({s.n, s.m}), bf16({s.n, s.k}), f32({s.m, s.k})},
                 .record =

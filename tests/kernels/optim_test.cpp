@@ -15,7 +15,7 @@ namespace {
 std::vector<double> doubles(const std::vector<float>& values) { return {values.begin(), values.end()}; }
 std::vector<double> as_vector(const StepScalars& scalars) { return {scalars.begin(), scalars.end()}; }
 
-constexpr std::int64_t kRows = 131, kColumns = 136, kFirst = 50;  // two parameters in one storage
+constexpr std::int64_t kRows = 160, kColumns = 136, kFirst = 64;  // two parameters in one storage
 
 /// Two parameters of one storage, one of them decayed, and the nodes that update them.
 struct Updates {
@@ -25,11 +25,11 @@ struct Updates {
   std::vector<DeviceArray> states;
   std::unique_ptr<Executor> executor;
 
-  Updates(Backend& device, const AdamUpdate::Options& options, bool masters)
+  Updates(Backend& device, const AdamUpdate::Options& options, bool masters, bool half_gradient = false)
       : backend(device),
         w(device, {{kRows, kColumns}, device.is_host() ? DType::f32 : DType::bf16}),
         low(device, {{kRows, kColumns}, DType::u16}),
-        g(device, {{kRows, kColumns}, DType::f32}),
+        g(device, {{kRows, kColumns}, half_gradient && !device.is_host() ? DType::bf16 : DType::f32}),
         scalars(device, scalars_spec()) {
     const ValueId weights = plan.external("w", w.view().spec, Role::parameter);
     const ValueId gradient = plan.external("g", g.view().spec, Role::gradient);
@@ -42,7 +42,7 @@ struct Updates {
                                 .row_begin = second ? kFirst : 0,
                                 .decay = second};
       std::vector<ValueId> inputs{weights, gradient, step};
-      for (const StateSpec& state : AdamUpdate::states(parameter)) {
+      for (const StateSpec& state : AdamUpdate::states(parameter, options)) {
         states.emplace_back(device, state.spec);
         state_ids.push_back(plan.external(parameter.name + state.name, state.spec, Role::state));
         inputs.push_back(state_ids.back());
@@ -64,11 +64,20 @@ struct Updates {
     scalar(values, Scalar::lr) = 0.01;
     scalar(values, Scalar::clip_scale) = 0.7;
     scalar(values, Scalar::grad_norm) = norm;
-    g.set(gradient);
+    if (g.view().dtype() == DType::bf16)
+      g.set(split(gradient).high);
+    else
+      g.set(gradient);
     backend.upload(scalars.view(), values.data());
     executor->run(Phase::micro, false);
   }
 };
+
+/// To bf16.
+std::vector<float> rounded(std::vector<float> values) {
+  for (float& x : values) x = to_float(to_bfloat16(x));
+  return values;
+}
 
 AdamUpdate::Options options(AdamForm form) {
   return {.beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.1, .form = form, .seed = 3};
@@ -77,7 +86,8 @@ AdamUpdate::Options options(AdamForm form) {
 TEST_CASE("AdamW with masters on the GPU follows the CPU's f32 over 20 steps", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
   for (const AdamForm form : {AdamForm::pytorch, AdamForm::galore}) {
-    Updates device(*gpu, options(form), true), host(cpu_backend(), options(form), false);
+    const bool half = form == AdamForm::pytorch;  // gradients in bf16
+    Updates device(*gpu, options(form), true, half), host(cpu_backend(), options(form), false);
     CHECK(device.executor->packing().groups.size() == 1);  // both in one launch
     const std::vector<float> start = normals(kRows * kColumns, 1, 0.02);
     const Halves halves = split(start);
@@ -85,7 +95,8 @@ TEST_CASE("AdamW with masters on the GPU follows the CPU's f32 over 20 steps", "
     device.low.set(halves.low);
     host.w.set(start);
     for (int step = 1; step <= 20; ++step) {
-      const std::vector<float> gradient = normals(kRows * kColumns, static_cast<std::uint64_t>(10 + step), 1e-3);
+      std::vector<float> gradient = normals(kRows * kColumns, static_cast<std::uint64_t>(10 + step), 1e-3);
+      if (half) gradient = rounded(gradient);
       device.step(step, gradient, 1);
       host.step(step, gradient, 1);
     }
@@ -109,6 +120,42 @@ TEST_CASE("AdamW with masters on the GPU follows the CPU's f32 over 20 steps", "
     CHECK(device.low.get<std::uint16_t>() == low);
     CHECK(device.states[0].get<float>() == moment);
   }
+}
+
+TEST_CASE("AdamW with 8-bit states on the GPU follows the CPU's", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  AdamUpdate::Options o = options(AdamForm::pytorch);
+  o.states = StatePrecision::int8;
+  Updates device(*gpu, o, true), host(cpu_backend(), o, false);
+  const std::vector<float> start = normals(kRows * kColumns, 1, 0.02);
+  const Halves halves = split(start);
+  device.w.set(halves.high);
+  device.low.set(halves.low);
+  host.w.set(start);
+  for (int step = 1; step <= 5; ++step) {
+    std::vector<float> gradient = normals(kRows * kColumns, static_cast<std::uint64_t>(10 + step), 1e-3);
+    std::fill(gradient.begin() + 512, gradient.begin() + 1024, 0.0f);  // blocks of zeros
+    device.step(step, gradient, 1);
+    host.step(step, gradient, 1);
+    // Sums differ in the last bit, so that a number between two values may take either of them.
+    for (std::size_t s = 0; s < device.states.size(); ++s) {
+      if (device.states[s].view().dtype() != DType::u8) {
+        CHECK(relative_error(doubles(device.states[s].get<float>()), doubles(host.states[s].get<float>())) <= 1e-2);
+        continue;
+      }
+      const std::vector<std::uint8_t> a = device.states[s].get<std::uint8_t>(), b = host.states[s].get<std::uint8_t>();
+      std::size_t others = 0;
+      int furthest = 0;
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        others += a[i] != b[i] ? 1 : 0;
+        furthest = std::max(furthest, std::abs(a[i] - b[i]));
+      }
+      CHECK(others <= a.size() / 100);
+      CHECK(furthest <= (step == 1 ? 1 : 4));
+    }
+  }
+  const std::vector<float> masters = joined(device.w.get<bfloat16>(), device.low.get<std::uint16_t>());
+  CHECK(relative_error(doubles(masters), doubles(host.w.get<float>())) <= 1e-3);
 }
 
 /// Weights of 1 after one step that takes 0.01 from each.
@@ -147,13 +194,19 @@ TEST_CASE("AdamW in bf16 rounds stochastically, without bias, and by the seed", 
   CHECK(row(0) != row(kFirst));
 }
 
+/// Every second gradient is bf16 on the GPU.
 StepScalars norm_of(Backend& backend, const std::vector<std::vector<float>>& gradients, double clip, double loss) {
   Plan plan;
   std::vector<ValueId> ids;
   std::vector<DeviceArray> memory;
   for (const std::vector<float>& gradient : gradients) {
-    memory.emplace_back(backend, TensorSpec{{static_cast<std::int64_t>(gradient.size())}, DType::f32});
-    memory.back().set(gradient);
+    const bool half = ids.size() % 2 == 1 && !backend.is_host();
+    memory.emplace_back(backend,
+                        TensorSpec{{static_cast<std::int64_t>(gradient.size())}, half ? DType::bf16 : DType::f32});
+    if (half)
+      memory.back().set(split(gradient).high);
+    else
+      memory.back().set(gradient);
     ids.push_back(plan.external("g", memory.back().view().spec, Role::gradient));
   }
   memory.emplace_back(backend, scalars_spec());
@@ -174,7 +227,7 @@ TEST_CASE("the gradient norm on the GPU, and what stops an update", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
   std::vector<std::vector<float>> gradients;
   std::uint64_t seed = 20;
-  for (const std::int64_t n : {1, 3, 1024, 16384, 16385, 100001}) gradients.push_back(normals(n, seed++, 0.1));
+  for (const std::int64_t n : {1, 3, 1024, 16384, 16385, 100001}) gradients.push_back(rounded(normals(n, seed++, 0.1)));
   for (const double clip : {0.0, 1.0, 1000.0}) {
     const StepScalars found = norm_of(*gpu, gradients, clip, 2.5),
                       expected = norm_of(cpu_backend(), gradients, clip, 2.5);
