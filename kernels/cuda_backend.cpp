@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/files.h"
 #include "base/log.h"
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
@@ -175,18 +176,6 @@ class StagedCopy final : public HostCopy {
   Event staged_, arrived_;
 };
 
-/// Where GEMM plans are kept between runs: $KILN_CACHE_DIR, or kiln/ in the user's cache directory; empty when the
-/// environment names neither.
-std::filesystem::path cache_file(const std::string& device, int rank) {
-  std::string name = fmt::format("gemm-{}-rank{}.json", device, rank);
-  for (char& c : name)
-    if (c == ' ' || c == '/') c = '-';
-  if (const char* directory = std::getenv("KILN_CACHE_DIR")) return std::filesystem::path(directory) / name;
-  if (const char* cache = std::getenv("XDG_CACHE_HOME")) return std::filesystem::path(cache) / "kiln" / name;
-  if (const char* home = std::getenv("HOME")) return std::filesystem::path(home) / ".cache" / "kiln" / name;
-  return {};
-}
-
 class CudaBackend final : public Planning {
  public:
   CudaBackend(int device, int rank) : device_(device) {
@@ -201,7 +190,7 @@ class CudaBackend final : public Planning {
     stream_ = make_stream();
     copies_ = make_stream();
     gemms_ = std::make_unique<GemmPlans>(stream_.get());
-    cache_ = cache_file(name_, rank);
+    cache_ = cache_file(fmt::format("gemm-{}-rank{}.json", name_, rank));
     if (!cache_.empty()) gemms_->load(cache_);
     context_ = {.stream = stream_.get(),
                 .multiprocessors = properties.multiProcessorCount,

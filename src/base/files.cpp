@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <utility>
@@ -55,6 +56,15 @@ void write_text_atomic(const std::filesystem::path& path, std::string_view text)
   }
   std::filesystem::rename(temporary, path);
   sync_path(path.has_parent_path() ? path.parent_path() : std::filesystem::path("."));
+}
+
+std::filesystem::path cache_file(std::string name) {
+  for (char& c : name)
+    if (c == ' ' || c == '/') c = '-';
+  if (const char* directory = std::getenv("KILN_CACHE_DIR")) return std::filesystem::path(directory) / name;
+  if (const char* cache = std::getenv("XDG_CACHE_HOME")) return std::filesystem::path(cache) / "kiln" / name;
+  if (const char* home = std::getenv("HOME")) return std::filesystem::path(home) / ".cache" / "kiln" / name;
+  return {};
 }
 
 void sync_path(const std::filesystem::path& path) {

@@ -15,6 +15,9 @@ std::string read_text(const std::filesystem::path& path);
 /// the new one, never half. A resource Error (disk full) or data Error otherwise; the old file then still stands.
 void write_text_atomic(const std::filesystem::path& path, std::string_view text);
 
+/// A file of what is measured once on a machine and kept between runs: in $KILN_CACHE_DIR, else kiln/ in the user's
+/// cache directory; empty when the environment names neither. Spaces and slashes of `name` become dashes.
+std::filesystem::path cache_file(std::string name);
 /// fsync on a file or a directory (after a rename in it).
 void sync_path(const std::filesystem::path& path);
 

@@ -119,8 +119,12 @@ std::optional<MemoryChoice> memory_within(const Config& config, std::uint64_t bu
   return first < list.size() ? std::optional(list[first]) : std::nullopt;
 }
 
+std::uint64_t memory_budget(const Config& config, const Backend& backend) {
+  return config.memory.budget.value_or(backend.memory_bytes() / 100 * 92);
+}
+
 MemoryChoice choose_memory(const Config& config, const Backend& backend, Communicator& communicator) {
-  const std::uint64_t budget = config.memory.budget.value_or(backend.memory_bytes() / 100 * 92);
+  const std::uint64_t budget = memory_budget(config, backend);
   if (budget == 0) return configured_memory(config, communicator.size(), backend);
   const std::vector<MemoryChoice> list = candidates(config, communicator.size(), backend);
   const std::size_t mine = first_within(list, config, budget, backend, communicator);

@@ -44,6 +44,9 @@ std::vector<std::int64_t> micro_batches_of(const Config& config, int ranks);
 std::optional<MemoryChoice> memory_within(const Config& config, std::uint64_t budget, const Backend& backend,
                                           Communicator& communicator);
 
+/// Bytes of one rank that a run may take: memory.budget, or on a GPU 92 % of its memory; 0 where neither is known.
+std::uint64_t memory_budget(const Config& config, const Backend& backend);
+
 /// What a run takes: memory_within() memory.budget or, on a GPU, 92 % of its memory (the rest is the driver's, the
 /// libraries' and the graph's); as configured where neither is known. The same on every rank and at every start, so
 /// that a run resumes bit for bit. A resource Error says how many bytes the smallest choice needs. Collective.

@@ -19,7 +19,7 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
 
 /// Everything a step binds, on synthetic data.
 struct Bench {
-  std::unique_ptr<Backend> backend;
+  Backend& backend;
   BatchShape batch;
   TrainPlan train;
   ModelWeights weights;
@@ -31,17 +31,17 @@ struct Bench {
   std::unique_ptr<Replay> replay;
   StepScalars scalars{};
 
-  Bench(const StepBenchOptions& o, std::unique_ptr<Backend> device, TrainPlan plan)
-      : backend(std::move(device)),
+  Bench(const StepBenchOptions& o, Backend& device, TrainPlan plan)
+      : backend(device),
         batch(o.batch),
         train(std::move(plan)),
         weights(o.model, DType::f32),
         states(weights.table(), *train.optimizer),
-        device_weights(weights, storage_layout(*backend), !train.lows.empty(), *backend),
-        device_states(train, states, *backend),
-        inputs(*backend, o.model, device_weights.layout(), o.batch.tokens() * o.micro_batches, o.batch.seq_len),
-        executor(train.plan, o.micro_batches, *backend),
-        replay(backend->replay()) {
+        device_weights(weights, storage_layout(backend), !train.lows.empty(), backend),
+        device_states(train, states, backend),
+        inputs(backend, o.model, device_weights.layout(), o.batch.tokens() * o.micro_batches, o.batch.seq_len),
+        executor(train.plan, o.micro_batches, backend),
+        replay(backend.replay()) {
     initialise(weights, 1);
     device_weights.push();
     const Philox random(1, stream_of("bench"));
@@ -52,8 +52,8 @@ struct Bench {
       tokens.push_back(static_cast<std::int32_t>(random.bits(n) % vocab));
       targets.push_back(static_cast<std::int32_t>(random.bits(n + 1) % vocab));
     }
-    backend->upload(inputs.tokens.view(), tokens.data());
-    backend->upload(inputs.targets.view(), targets.data());
+    backend.upload(inputs.tokens.view(), tokens.data());
+    backend.upload(inputs.targets.view(), targets.data());
     scalar(scalars, Scalar::lr) = 1e-3;
     scalar(scalars, Scalar::loss_scale) = 1.0 / static_cast<double>(count);
     bind_training(executor, train, device_weights, device_states);
@@ -69,7 +69,7 @@ struct Bench {
   }
   void step(int micro_batches, bool replayed) {
     scalar(scalars, Scalar::step) += 1;
-    inputs.set_scalars(*backend, scalars);
+    inputs.set_scalars(backend, scalars);
     if (replayed)
       replay->run([&] { run_plan(micro_batches); });
     else
@@ -78,7 +78,7 @@ struct Bench {
   /// Mean loss of the last step.
   double loss() {
     StepScalars result{};
-    backend->download(result.data(), inputs.scalars.view());
+    backend.download(result.data(), inputs.scalars.view());
     return scalar(result, Scalar::loss) * scalar(result, Scalar::loss_scale);
   }
 };
@@ -112,40 +112,44 @@ GemmRate ceiling_of(Backend& backend) {
 }
 
 StepBench bench_step(const StepBenchOptions& o) {
+  const std::unique_ptr<Backend> backend = open_device(o.device);
+  return bench_step(o, *backend);
+}
+
+StepBench bench_step(const StepBenchOptions& o, Backend& backend) {
   const auto communicator = make_local_communicator();
-  std::unique_ptr<Backend> backend = open_device(o.device);
   TrainPlan plan = record_train_plan({.model = o.model,
                                       .optimizer = o.optimizer,
                                       .micro = o.batch,
                                       .micro_batches = o.micro_batches,
                                       .clip_norm = o.clip_norm,
-                                      .layout = training_layout(*backend, o.gradients, o.micro_batches, 1),
+                                      .layout = training_layout(backend, o.gradients, o.micro_batches, 1),
                                       .recompute = o.recompute,
-                                      .masters = o.masters && !backend->is_host(),
+                                      .masters = o.masters && !backend.is_host(),
                                       .update_in_backward = o.update_in_backward},
                                      *communicator);
-  Bench bench(o, std::move(backend), std::move(plan));
+  Bench bench(o, backend, std::move(plan));
   for (int i = 0; i < 3; ++i) bench.step(o.micro_batches, true);
-  bench.backend->synchronize();
-  const GemmRate before = ceiling_of(*bench.backend);
+  backend.synchronize();
+  const GemmRate before = ceiling_of(backend);
   std::vector<double> seconds;
   for (int i = 0; i < o.steps; ++i) {
     const auto begin = std::chrono::steady_clock::now();
     bench.step(o.micro_batches, true);
-    bench.backend->synchronize();
+    backend.synchronize();
     seconds.push_back(seconds_since(begin));
   }
   // By op in a second round, since marks between ops would slow the first.
   bench.executor.set_profiling(true);
   const int profiled = std::min(o.steps, 3);
   for (int i = 0; i < profiled; ++i) bench.step(o.micro_batches, false);
-  const GemmRate after = ceiling_of(*bench.backend);
+  const GemmRate after = ceiling_of(backend);
   const GemmRate& ceiling = before.flops_per_s > after.flops_per_s ? before : after;
   std::sort(seconds.begin(), seconds.end());
 
   StepBench result;
   const auto tokens = static_cast<double>(o.batch.tokens() * o.micro_batches);
-  result.device = bench.backend->name();
+  result.device = backend.name();
   result.step_seconds = seconds[seconds.size() / 2];
   result.mean_seconds = std::accumulate(seconds.begin(), seconds.end(), 0.0) / static_cast<double>(seconds.size());
   result.slowest_seconds = seconds.back();
@@ -153,7 +157,7 @@ StepBench bench_step(const StepBenchOptions& o) {
   result.step_flops = tokens * o.model.flops_per_token(o.batch.seq_len);
   result.gemm_flops_per_s = ceiling.flops_per_s;
   result.gemm_library = ceiling.library;
-  result.device_bytes = bench.backend->allocated_bytes();
+  result.device_bytes = backend.allocated_bytes();
   result.loss = bench.loss();
   result.ops = by_op(bench, o.micro_batches, profiled);
   return result;

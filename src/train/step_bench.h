@@ -2,6 +2,7 @@
 #include <string>
 #include <vector>
 
+#include "graph/backend.h"
 #include "train/config.h"
 #include "train/train_plan.h"
 
@@ -43,6 +44,8 @@ struct StepBench {
 
 /// Times whole training steps (forward, backward, clipping, update) on synthetic tokens, after two warm-up steps.
 StepBench bench_step(const StepBenchOptions& options);
+/// On a device that is open already, whose GEMM plans it then shares; `options.device` does not count.
+StepBench bench_step(const StepBenchOptions& options, Backend& backend);
 
 /// Rate of one f32 GEMM.
 struct GemmRate {

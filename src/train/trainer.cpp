@@ -12,6 +12,7 @@
 #include "report/tensorboard.h"
 #include "train/device.h"
 #include "train/divergence.h"
+#include "train/micro_timing.h"
 #include "train/model_files.h"
 #include "train/schedule.h"
 #include "train/step_bench.h"
@@ -57,6 +58,18 @@ struct Trainer::Outputs {
   std::vector<double> steps_per_s;
 };
 
+namespace {
+
+/// What the configuration leaves open.
+MemoryChoice open_memory(const Config& config, Backend& backend, Communicator& communicator) {
+  const MemoryChoice choice = choose_memory(config, backend, communicator);
+  const bool one_micro_batch = config.memory.update == UpdatePlacement::in_backward;
+  if (config.batch.micro || one_micro_batch || backend.is_host()) return choice;
+  return time_micro_batches(config, choice, memory_budget(config, backend), backend, communicator);
+}
+
+}  // namespace
+
 Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOptions options)
     : config_(config),
       communicator_(communicator),
@@ -65,7 +78,7 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       data_(config.data.train, config.data.seq_len, model_.vocab, config.run.seed),
       backend_(open_device(config.run.device)),
       device_communicator_(make_device_communicator(communicator, *backend_)),
-      memory_(choose_memory(config, *backend_, device_communicator_ ? *device_communicator_ : communicator)),
+      memory_(open_memory(config, *backend_, device_communicator_ ? *device_communicator_ : communicator)),
       micro_(memory_.micro),
       train_(record_train_plan(plan_options(config, memory_, *backend_, communicator.size()),
                                device_communicator_ ? *device_communicator_ : communicator)),
