@@ -57,8 +57,8 @@ std::vector<TensorSpec> UpdateOp::infer(std::span<const TensorSpec> in) const {
         3 + states.size());
   check(in[0].shape == in[1].shape, "{}: weights {} and gradient {} differ in shape", parameter_.name,
         in[0].shape.str(), in[1].shape.str());
-  check(in[1].dtype == accumulator_of(in[0].dtype), "{}: gradient of {} for weights of {}", parameter_.name,
-        to_string(in[1].dtype), to_string(in[0].dtype));
+  check(in[1].dtype == accumulator_of(in[0].dtype) || in[1].dtype == in[0].dtype,
+        "{}: gradient of {} for weights of {}", parameter_.name, to_string(in[1].dtype), to_string(in[0].dtype));
   if (low)
     check(in.back().shape == in[0].shape && in.back().dtype == DType::u16, "{}: low halves {} {}, expected u16 {}",
           parameter_.name, to_string(in.back().dtype), in.back().shape.str(), in[0].shape.str());

@@ -50,9 +50,9 @@ struct UpdateArgs {
   Tensor workspace;
 };
 
-/// The node that updates one parameter in place. Inputs of the op: storage of w, storage of g (f32 for bf16 weights),
-/// scalars, states..., and with bf16 weights the storage of the masters' low halves [as w] u16 when masters are kept.
-/// A step whose gradient norm or loss is not finite changes nothing.
+/// The node that updates one parameter in place. Inputs of the op: storage of w, storage of g (f32 or bf16 for bf16
+/// weights), scalars, states..., and with bf16 weights the storage of the masters' low halves [as w] u16 when masters
+/// are kept. A step whose gradient norm or loss is not finite changes nothing.
 class UpdateOp : public Op {
  public:
   explicit UpdateOp(Parameter parameter) : parameter_(std::move(parameter)) {}
