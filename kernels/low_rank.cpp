@@ -82,8 +82,13 @@ LowRankStep step_of(const LowRankAdamUpdate::Options& o) {
 class LowRankKernel final : public Kernel {
  public:
   LowRankKernel(const Nodes& nodes, Context& context)
-      : stream_(context.stream), multiprocessors_(context.multiprocessors), layout_(nodes) {
+      : stream_(context.stream),
+        multiprocessors_(context.multiprocessors),
+        half_gradient_(nodes.inputs()[1].dtype == DType::bf16),
+        layout_(nodes) {
     for (std::size_t i = 0; i < nodes.group.count; ++i) {
+      require(nodes.inputs(i)[1].dtype == nodes.inputs()[1].dtype, "{}: gradients of {} and of {}, expected one type",
+              nodes.node().op->name(), to_string(nodes.inputs()[1].dtype), to_string(nodes.inputs(i)[1].dtype));
       ops_.push_back(&nodes.op<LowRankAdamUpdate>(i));
       const Geometry at = geometry(*ops_.back());
       require(at.n % kAlignment == 0 && at.m % kAlignment == 0 && at.rank % kAlignment == 0,
@@ -113,7 +118,7 @@ class LowRankKernel final : public Kernel {
       LowRankMatrix t{};
       t.w = static_cast<std::uint16_t*>(a.w.data);
       t.low = static_cast<std::uint16_t*>(a.low.data);
-      t.g = a.g.as<float>();
+      t.g = a.g.data;
       t.q = a.states[0].as<float>();
       t.moment = a.states[1].as<float>();
       t.square = a.states[2].as<float>();
@@ -132,7 +137,7 @@ class LowRankKernel final : public Kernel {
       t.factor = cut(aligned(sizeof(float)));
       t.basis = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.side(), at.rank)));
       t.direction = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.vectors(), at.rank)));
-      t.gradient = low_rank_gradient_map(t);
+      t.gradient = low_rank_gradient_map(t, half_gradient_);
       matrices.push_back(t);
     }
     scratch_ = cut_refresh_scratch(memory, layout_.largest.m, layout_.largest.n, layout_.largest.rank);
@@ -150,6 +155,7 @@ class LowRankKernel final : public Kernel {
                        .count = static_cast<int>(ops_.size()),
                        .rank = layout_.largest.rank,
                        .multiprocessors = multiprocessors_,
+                       .half_gradient = half_gradient_,
                        .scalars = nodes.front().in[2].as<double>(),
                        .step = step_of(ops_.front()->options()),
                        .stream = stream_};
@@ -193,6 +199,7 @@ class LowRankKernel final : public Kernel {
 
   cudaStream_t stream_;
   int multiprocessors_;
+  bool half_gradient_;
   Layout layout_;
   std::vector<const LowRankAdamUpdate*> ops_;
   std::vector<LowRankPiece> basis_, project_, moments_, direction_, apply_;

@@ -21,7 +21,7 @@ struct LowRankMatrix {
   CUtensorMap gradient;    // of g: low_rank_gradient_map
   std::uint16_t* w;        // bf16 [m,n]
   std::uint16_t* low;      // lower halves of the f32 masters; null: stochastic rounding
-  const float* g;          // [m,n]
+  const void* g;           // [m,n] f32 or bf16: LowRankTable::half_gradient
   float* q;                // [short, r]
   float *moment, *square;  // [long, r]
   float* limiter;          // [1]
@@ -63,13 +63,14 @@ struct LowRankTable {
   int count;  // of pieces
   int rank;   // the largest
   int multiprocessors;
+  bool half_gradient;  // G of all matrices is bf16, else f32
   const double* scalars;
   LowRankStep step;
   cudaStream_t stream;
 };
 
-/// How the copy engine reads the gradient of `matrix`. On the host.
-CUtensorMap low_rank_gradient_map(const LowRankMatrix& matrix);
+/// How the copy engine reads the gradient of `matrix`, which is bf16 (`half`) or f32. On the host.
+CUtensorMap low_rank_gradient_map(const LowRankMatrix& matrix, bool half);
 /// Of a bf16 copy of [rows, columns] as panels.
 std::size_t low_rank_panel_bytes(int rows, int columns);
 
@@ -78,7 +79,7 @@ std::size_t low_rank_panel_bytes(int rows, int columns);
 void low_rank_basis(const LowRankTable& table);
 /// R and the squared norms of the vectors. Pieces: 128 vectors x low_rank_project_width(rank) of the rank; row is the
 /// first vector, column the first of the rank.
-/// floor  reads G: 4 bytes a parameter; 2 m n r FLOPs
+/// floor  reads G: 4 bytes a parameter, 2 in bf16; 2 m n r FLOPs
 void low_rank_project(const LowRankTable& table);
 constexpr int low_rank_project_width(int largest_rank) { return largest_rank > 128 ? 256 : 128; }
 /// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs. Pieces: row is the first vector,
@@ -92,7 +93,7 @@ void low_rank_limit(const LowRankTable& table);
 /// floor  6 bytes for each of long * r elements
 void low_rank_direction(const LowRankTable& table);
 /// W. Pieces: tiles of 128 x 128; those of the same vectors follow each other.
-/// floor  reads G, W, low and writes W, low: 12 bytes a parameter; 2 m n r FLOPs
+/// floor  reads G, W, low and writes W, low: 12 bytes a parameter, 10 where G is bf16; 2 m n r FLOPs
 void low_rank_apply(const LowRankTable& table);
 
 /// Scratch of a refresh, of one matrix at a time.

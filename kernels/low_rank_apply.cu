@@ -6,7 +6,7 @@
 #include "kernels/vector.cuh"
 
 /// W <- keep (W - back A Q' - outside c phi clip G), A = N - inside c phi R: 12 bytes a parameter of device memory,
-/// under which the products must hide.
+/// under which the products must hide; 10 where G is bf16.
 ///
 /// A block walks along the tiles of the same 128 vectors: their panel of A stays in shared memory (128 KB at r = 512)
 /// and Q streams past it, so that L2 gives 2 r / 128 bytes a parameter, half of what two streams would take. Two
@@ -58,8 +58,8 @@ struct Factors {
 };
 
 /// Half a tile.
-template <bool kGradient>
-__device__ void update(const Matrix& t, const Place& place, int h, const Fetched& x, const float (&sums)[64],
+template <bool kGradient, typename T>
+__device__ void update(const Matrix& t, const Place& place, int h, const Fetched<T>& x, const float (&sums)[64],
                        const Scale& scale, const Factors& factors) {
   const std::int64_t at = place.at(t, h);
 #pragma unroll
@@ -67,12 +67,11 @@ __device__ void update(const Matrix& t, const Place& place, int h, const Fetched
     Master8 w(x.high[i], t.low == nullptr ? make_uint4(0, 0, 0, 0) : x.low[i]);
     Float8 of_vector{};
     if constexpr (kGradient) of_vector = scale.of(t.right, h, i);
-    const float4 g0 = x.g[i][0], g1 = x.g[i][1];
-    const float g[8] = {g0.x, g0.y, g0.z, g0.w, g1.x, g1.y, g1.z, g1.w};
+    const Float8 g = x.gradient(i);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float change = factors.back * sums[(i * 4 + j / 2) * 4 + h * 2 + j % 2];
-      if constexpr (kGradient) change += of_vector.v[j] * g[j];
+      if constexpr (kGradient) change += of_vector.v[j] * g.v[j];
       w.value.v[j] = factors.keep * (w.value.v[j] - change);
     }
     if (place.row + 8 * h < t.m && place.column + 32 * i < t.n)
@@ -153,7 +152,7 @@ __device__ void consume(const Walk<C>& walk, std::byte* memory, const Barriers<C
     sum_tile(t.right, t.parts, starts, walk.ends(tile, piece, t), slot, panel, ring, memory, at, group, lane, sums);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      Fetched fetched = {};
+      Fetched<typename C::Element> fetched = {};
       fetcher.take(fetched);
       if (h + C::kAhead < 2)
         fetcher.start(t, place, h + C::kAhead);
@@ -205,11 +204,13 @@ void launch_apply(const LowRankTable& table) {
 }  // namespace
 
 void low_rank_apply(const LowRankTable& table) {
-  const bool low = panel_parts(table.rank) <= Low::kSlots;
-  if (table.step.residual)
-    low ? launch_apply<Low, true>(table) : launch_apply<High, true>(table);
+  const bool low = panel_parts(table.rank) <= Low<bf16>::kSlots;
+  if (!table.step.residual)  // G is not read
+    low ? launch_apply<Low<bf16>, false>(table) : launch_apply<High<bf16>, false>(table);
+  else if (table.half_gradient)
+    low ? launch_apply<Low<bf16>, true>(table) : launch_apply<High<bf16>, true>(table);
   else
-    low ? launch_apply<Low, false>(table) : launch_apply<High, false>(table);
+    low ? launch_apply<Low<float>, true>(table) : launch_apply<High<float>, true>(table);
 }
 
 }  // namespace kiln::cuda

@@ -1,33 +1,42 @@
 #pragma once
+#include <type_traits>
+
 #include "kernels/hopper.cuh"
 #include "kernels/low_rank.cuh"
 #include "kernels/low_rank_panels.cuh"
+#include "kernels/vector.cuh"
 
 /// What feeds low_rank_apply: its shared memory, the walk of a block along its tiles, the warp that keeps the operands
 /// coming, and the copies of what is updated.
 namespace kiln::cuda::apply {
 
 inline constexpr int kThreads = 384, kGroups = 2, kTileSide = 128;
-inline constexpr int kFetchBytes = kTileSide * kTileSide / 2 * 8;  // of G, W and lower halves, of half a tile
 
-/// Shared memory: slots of the panel and stages of Q, 16 KB each; halves of tiles, 64 KB each.
-template <int kSlotsValue, int kStagesValue, int kAheadValue>
+/// Shared memory: slots of the panel and stages of Q, 16 KB each; halves of tiles, 64 KB each, 48 KB with G in bf16.
+template <typename T, int kSlotsValue, int kStagesValue, int kAheadValue>
 struct Config {
+  using Element = T;  // of G
   static constexpr int kSlots = kSlotsValue, kStages = kStagesValue, kAhead = kAheadValue;
+  static constexpr int kFetchBytes = kTileSide * kTileSide / 2 * (sizeof(T) + 4);  // of G, W and lower halves
   static constexpr int kFetched = (kSlots + kStages) * kPanelPartBytes;
   static constexpr int kBarriers = kFetched + kAhead * kFetchBytes;
   static constexpr int kSharedBytes = kBarriers + 2 * (kSlots + kStages) * 8;
   static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
 };
-using Low = Config<4, 2, 2>;   // ranks up to 256
-using High = Config<8, 2, 1>;  // a panel of a rank above 512 is loaded for every tile
+/// Ranks up to 256.
+template <typename T>
+using Low = Config<T, 4, std::is_same_v<T, float> ? 2 : 4, 2>;
+/// A panel of a rank above 512 is loaded for every tile.
+template <typename T>
+using High = Config<T, 8, std::is_same_v<T, float> ? 2 : 3, 1>;
 
 /// What the warps need of a matrix, copied from the table where it changes: a read of the table in the loop would cost
 /// a trip to L2 under load.
 struct Matrix {
   int index = -1;
   std::uint16_t *w, *low;
-  const float *g, *phi;
+  const void* g;
+  const float* phi;
   const std::uint16_t *basis, *direction;
   std::uint64_t stream;
   float factor;
@@ -142,17 +151,30 @@ __device__ inline void copy16(std::uint32_t to, const void* from) {
 }
 
 /// What one thread takes of half a tile.
+template <typename T>
 struct Fetched {
-  float4 g[kEights][2];
+  uint4 g[kEights][sizeof(T) / 2];
   uint4 high[kEights], low[kEights];
+
+  __device__ Float8 gradient(int i) const {
+    if constexpr (sizeof(T) == 2) {
+      return unpack({g[i][0]});
+    } else {
+      const uint4 a = g[i][0], b = g[i][1];
+      return {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
+               __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
+    }
+  }
 };
 
 /// Halves of tiles of G, W and lower halves on their way, a ring of each warp's own.
 template <class C, bool kGradient>
 struct Fetcher {
-  static constexpr int kWarpBytes = kFetchBytes / (4 * kGroups), kEightBytes = kWarpBytes / kEights;
-  static constexpr int kHigh = 1024, kLow = 1536;  // where W and the lower halves lie in an eight, beside 8 rows of G
-  std::byte* ring;                                 // of this warp
+  using T = typename C::Element;
+  static constexpr int kWarpBytes = C::kFetchBytes / (4 * kGroups), kEightBytes = kWarpBytes / kEights;
+  // Where W and the lower halves lie in an eight, behind 8 rows of 32 of G.
+  static constexpr int kHigh = 8 * 32 * static_cast<int>(sizeof(T)), kLow = kHigh + 512;
+  std::byte* ring;  // of this warp
   int lane, slot = 0;
 
   __device__ explicit Fetcher(std::byte* memory)
@@ -165,17 +187,19 @@ struct Fetcher {
     const std::uint32_t to = shared_address(ring + slot * kWarpBytes);
     const int row = lane / 4, part = lane % 4, quad = p.column - 8 * part;  // first column of four lanes
     const std::int64_t at = p.at(t, h);
-    const float* g = t.g + at - 4 * part;
+    const T* g = static_cast<const T*>(t.g) + at;
     if (p.row + 8 * h < t.m) {
 #pragma unroll
       for (int i = 0; i < kEights; ++i) {
         const std::uint32_t eight = to + i * kEightBytes;
-        if constexpr (kGradient) {
-          if (quad + 32 * i + 4 * part < t.n) copy16(eight + row * 128 + (part ^ (row & 1)) * 16, g + 32 * i);
+        if constexpr (kGradient && sizeof(T) == 4) {
+          const T* quarter = g + 32 * i - 4 * part;
+          if (quad + 32 * i + 4 * part < t.n) copy16(eight + row * 128 + (part ^ (row & 1)) * 16, quarter);
           if (quad + 32 * i + 4 * part + 16 < t.n)
-            copy16(eight + row * 128 + ((part + 4) ^ (row & 1)) * 16, g + 32 * i + 16);
+            copy16(eight + row * 128 + ((part + 4) ^ (row & 1)) * 16, quarter + 16);
         }
         if (p.column + 32 * i < t.n) {
+          if constexpr (kGradient && sizeof(T) == 2) copy16(eight + lane * 16, g + 32 * i);
           copy16(eight + kHigh + lane * 16, t.w + at + 32 * i);
           if (t.low != nullptr) copy16(eight + kLow + lane * 16, t.low + at + 32 * i);
         }
@@ -185,17 +209,19 @@ struct Fetcher {
     slot = slot + 1 == C::kAhead ? 0 : slot + 1;
   }
   /// Waits for the oldest half, in the slot where the next start() writes.
-  __device__ void take(Fetched& x) const {
+  __device__ void take(Fetched<T>& x) const {
     asm volatile("cp.async.wait_group %0;" ::"n"(C::kAhead - 1) : "memory");
     __syncwarp();
     const std::byte* from = ring + slot * kWarpBytes;
     const int row = lane / 4, chunk = lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kEights; ++i, from += kEightBytes) {
-      if constexpr (kGradient) {
+      if constexpr (kGradient && sizeof(T) == 2) {
+        x.g[i][0] = *reinterpret_cast<const uint4*>(from + lane * 16);
+      } else if constexpr (kGradient) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          x.g[i][half] = *reinterpret_cast<const float4*>(from + row * 128 + ((chunk + half) ^ (row & 1)) * 16);
+          x.g[i][half] = *reinterpret_cast<const uint4*>(from + row * 128 + ((chunk + half) ^ (row & 1)) * 16);
       }
       x.high[i] = *reinterpret_cast<const uint4*>(from + kHigh + lane * 16);
       x.low[i] = *reinterpret_cast<const uint4*>(from + kLow + lane * 16);

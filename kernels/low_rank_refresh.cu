@@ -36,7 +36,7 @@ __device__ int product_splits(int tiles, int depth, int blocks) {
 }
 
 /// out [rows, rank] = A [rows, depth] b [depth, rank]; A is g [m, n] or its transpose. Ends with a barrier.
-template <Contiguous kOrder>
+template <typename G, Contiguous kOrder>
 __device__ void multiply(const LowRankMatrix& t, int rows, int depth, const float* b, float* out,
                          const RefreshScratch& s, Grid& grid, bf16* shared) {
   const int rank = t.rank, columns = (rank + kTile - 1) / kTile, tiles = (rows + kTile - 1) / kTile * columns;
@@ -47,7 +47,8 @@ __device__ void multiply(const LowRankMatrix& t, int rows, int depth, const floa
     const int split = item / tiles, tile = item % tiles, row = tile / columns * kTile, column = tile % columns * kTile;
     float* to = splits == 1 ? out : s.parts + split * elements;
     TileProduct<kOrder, Contiguous::rows, false> product;
-    product.run(split * length, min(depth, (split + 1) * length), shared, MatrixFetch<kOrder>(t.g, t.m, t.n, row),
+    product.run(split * length, min(depth, (split + 1) * length), shared,
+                MatrixFetch<kOrder, G>(static_cast<const G*>(t.g), t.m, t.n, row),
                 MatrixFetch<Contiguous::rows>(b, depth, rank, column));
     product.visit([&](int i, int j, float x, float y) {
       if (row + i < rows && column + j < rank)
@@ -124,6 +125,7 @@ __device__ bool orthonormalise(RefreshScratch& s, int rows, int rank, bool last,
   }
 }
 
+template <typename G>
 __device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, int passes, bool cold, std::uint64_t seed,
                             Grid& grid, unsigned char* shared) {
   const int side = t.side(), vectors = t.vectors();
@@ -138,11 +140,11 @@ __device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, int passes
   const float* q = t.q;
   for (int pass = 0; pass < passes; ++pass) {
     if (t.right) {
-      multiply<Contiguous::depth>(t, vectors, side, q, s.inner, s, grid, operands);
-      multiply<Contiguous::rows>(t, side, vectors, s.inner, s.outer, s, grid, operands);
+      multiply<G, Contiguous::depth>(t, vectors, side, q, s.inner, s, grid, operands);
+      multiply<G, Contiguous::rows>(t, side, vectors, s.inner, s.outer, s, grid, operands);
     } else {
-      multiply<Contiguous::rows>(t, vectors, side, q, s.inner, s, grid, operands);
-      multiply<Contiguous::depth>(t, side, vectors, s.inner, s.outer, s, grid, operands);
+      multiply<G, Contiguous::rows>(t, vectors, side, q, s.inner, s, grid, operands);
+      multiply<G, Contiguous::depth>(t, side, vectors, s.inner, s.outer, s, grid, operands);
     }
     const bool last = pass + 1 == passes;
     if (!orthonormalise(s, side, t.rank, last, last ? t.q : s.basis, grid, shared)) return;
@@ -150,6 +152,7 @@ __device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, int passes
   }
 }
 
+template <typename G>
 __global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
     refresh(const LowRankMatrix* matrices, int count, const double* scalars, RefreshScratch scratch,
             RefreshPasses options, std::uint64_t seed) {
@@ -159,7 +162,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
   Grid grid(scratch.barrier);
   for (int i = 0; i < count; ++i) {
     if (done != 0 && done % options.every != matrices[i].refresh_offset) continue;
-    refresh_one(matrices[i], scratch, done == 0 ? options.cold_passes : options.passes, done == 0, seed, grid, memory);
+    refresh_one<G>(matrices[i], scratch, done == 0 ? options.cold_passes : options.passes, done == 0, seed, grid,
+                   memory);
   }
 }
 
@@ -186,6 +190,31 @@ void visit_scratch(RefreshScratch& s, int vectors, int side, int rank, F&& visit
   visit(s.triangle, r * r * sizeof(float));
 }
 
+template <typename G>
+void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
+  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
+  static_assert(kSharedBytes >= kCholeskyBytes);
+  static const bool allowed [[maybe_unused]] = [] {
+    check_cuda(cudaFuncSetAttribute(refresh<G>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+               "cudaFuncSetAttribute");
+    return true;
+  }();
+  check_cuda(cudaMemsetAsync(scratch.barrier, 0, 256, table.stream), "cudaMemsetAsync");
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(kBlocksOfOne * table.multiprocessors);
+  config.blockDim = kTileThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = table.stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, refresh<G>, table.matrices, table.count, table.scalars, scratch, options,
+                                table.step.seed),
+             "low_rank_refresh");
+}
+
 }  // namespace
 
 std::size_t refresh_scratch_bytes(int vectors, int side, int rank) {
@@ -208,27 +237,7 @@ RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank
 }
 
 void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
-  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
-  static_assert(kSharedBytes >= kCholeskyBytes);
-  static const bool allowed [[maybe_unused]] = [] {
-    check_cuda(cudaFuncSetAttribute(refresh, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "cudaFuncSetAttribute");
-    return true;
-  }();
-  check_cuda(cudaMemsetAsync(scratch.barrier, 0, 256, table.stream), "cudaMemsetAsync");
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(kBlocksOfOne * table.multiprocessors);
-  config.blockDim = kTileThreads;
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = table.stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, refresh, table.matrices, table.count, table.scalars, scratch, options,
-                                table.step.seed),
-             "low_rank_refresh");
+  table.half_gradient ? launch_refresh<bf16>(table, scratch, options) : launch_refresh<float>(table, scratch, options);
 }
 
 }  // namespace kiln::cuda

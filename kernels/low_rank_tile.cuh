@@ -7,8 +7,8 @@
 #include "kernels/hopper.cuh"
 #include "kernels/low_rank.cuh"
 
-/// Matrix products of f32 matrices of either order, fetched four elements at a time and rounded on the way: those of a
-/// refresh, whose operands are used once.
+/// Matrix products of f32 or bf16 matrices of either order, fetched four elements at a time and rounded on the way:
+/// those of a refresh, whose operands are used once.
 namespace kiln::cuda {
 
 inline constexpr int kTileThreads = 256, kTile = 128, kTileDepth = 32;
@@ -74,20 +74,27 @@ __device__ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/// A row-major f32 matrix as an operand: its columns are the operand's rows (kOrder rows), or its rows are, read along
-/// the depth.
-template <Contiguous kOrder>
+__device__ inline float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+__device__ inline float4 load4(const bf16* p) {
+  const uint2 x = *reinterpret_cast<const uint2*>(p);
+  return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u), __uint_as_float(x.y << 16),
+                     __uint_as_float(x.y & 0xffff0000u));
+}
+
+/// A row-major matrix of f32 or bf16 as an operand: its columns are the operand's rows (kOrder rows), or its rows are,
+/// read along the depth.
+template <Contiguous kOrder, typename T = float>
 struct MatrixFetch {
-  const float* data;
+  const T* data;
   int outer, inner, first;  // sizes of the matrix; first row of the operand
 
-  __device__ MatrixFetch(const float* matrix, int rows, int columns, int first_row)
+  __device__ MatrixFetch(const T* matrix, int rows, int columns, int first_row)
       : data(matrix), outer(rows), inner(columns), first(first_row) {}
   __device__ float4 operator()(int row, int depth) const {
     const int major = kOrder == Contiguous::rows ? depth : first + row;
     const int minor = kOrder == Contiguous::rows ? first + row : depth;
     if (major >= outer || minor >= inner) return make_float4(0, 0, 0, 0);
-    return *reinterpret_cast<const float4*>(data + static_cast<std::int64_t>(major) * inner + minor);
+    return load4(data + static_cast<std::int64_t>(major) * inner + minor);
   }
 };
 

@@ -23,14 +23,15 @@ const std::vector<Shape> kLargeShapes{{3000, 1400}, {1000, 936}, {1400, 3000}};
 struct Family {
   Backend& backend;
   std::vector<Shape> shapes;
+  DType gradients;
   Plan plan;
   std::vector<DeviceArray> w, low, g;
   DeviceArray scalars;
   std::vector<std::vector<DeviceArray>> states;
   std::unique_ptr<Executor> executor;
 
-  Family(Backend& device, const OptimizerOptions& options, std::vector<Shape> of = kShapes)
-      : backend(device), shapes(std::move(of)), scalars(device, scalars_spec()) {
+  Family(Backend& device, const OptimizerOptions& options, DType gradient, std::vector<Shape> of = kShapes)
+      : backend(device), shapes(std::move(of)), gradients(gradient), scalars(device, scalars_spec()) {
     const auto optimizer = make_optimizer(options);
     const ValueId step = plan.external("scalars", scalars_spec(), Role::input);
     std::vector<std::pair<ValueId, Tensor>> bound{{step, scalars.view()}};
@@ -46,7 +47,7 @@ struct Family {
                                 .low_rank_index = static_cast<std::int64_t>(i),
                                 .low_rank_count = static_cast<std::int64_t>(shapes.size())};
       w.emplace_back(device, TensorSpec{shapes[i], device.is_host() ? DType::f32 : DType::bf16});
-      g.emplace_back(device, TensorSpec{shapes[i], DType::f32});
+      g.emplace_back(device, TensorSpec{shapes[i], device.is_host() ? DType::f32 : gradient});
       low.emplace_back(device, TensorSpec{shapes[i], DType::u16});
       std::vector<ValueId> inputs{external("w", w[i], Role::parameter), external("g", g[i], Role::gradient), step};
       states.emplace_back();
@@ -67,6 +68,16 @@ struct Family {
     const Halves halves = split(values);
     w[i].set(halves.high);
     low[i].set(halves.low);
+  }
+  /// Of bf16 the host reads the same rounded numbers as f32.
+  void set_gradient(std::size_t i, std::vector<float> values) {
+    if (gradients == DType::f32) return g[i].set(values);
+    std::vector<bfloat16> halves;
+    for (float& x : values) {
+      halves.push_back(to_bfloat16(x));
+      x = to_float(halves.back());
+    }
+    backend.is_host() ? g[i].set(values) : g[i].set(halves);
   }
   std::vector<float> weights(std::size_t i) const {
     return backend.is_host() ? w[i].get<float>() : joined(w[i].get<bfloat16>(), low[i].get<std::uint16_t>());
@@ -109,9 +120,9 @@ OptimizerOptions options_of(OptimizerKind kind, std::int64_t rank) {
 }
 
 /// Change of the weights relative to what the CPU's f32 changes, after `steps` steps from the same states.
-void check_steps(Backend& gpu, const OptimizerOptions& options, int steps, double limit,
+void check_steps(Backend& gpu, const OptimizerOptions& options, DType gradients, int steps, double limit,
                  const std::vector<Shape>& shapes = kShapes) {
-  Family device(gpu, options, shapes), host(cpu_backend(), options, shapes);
+  Family device(gpu, options, gradients, shapes), host(cpu_backend(), options, gradients, shapes);
   CHECK(device.executor->packing().groups.size() == 1);  // all in one kernel's launches
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     const std::vector<float> start = normals(shapes[i].numel(), i + 1, 0.02);
@@ -130,8 +141,8 @@ void check_steps(Backend& gpu, const OptimizerOptions& options, int steps, doubl
   for (int step = 2; step < 2 + steps; ++step) {
     for (std::size_t i = 0; i < shapes.size(); ++i) {
       const std::vector<float> g = gradient_of(shapes[i], i, step);
-      device.g[i].set(g);
-      host.g[i].set(g);
+      device.set_gradient(i, g);
+      host.set_gradient(i, g);
     }
     device.step(step);
     host.step(step);
@@ -143,7 +154,8 @@ void check_steps(Backend& gpu, const OptimizerOptions& options, int steps, doubl
       found[e] -= start[e];
       expected[e] -= start[e];
     }
-    INFO(to_string(options.kind) << " " << shapes[i].str());
+    INFO(to_string(options.kind) << " of rank " << options.rank << ", " << shapes[i].str() << ", gradients of "
+                                 << to_string(gradients));
     CHECK(relative_error({found.begin(), found.end()}, {expected.begin(), expected.end()}) <= limit);
     for (std::size_t s = 1; s < device.states[i].size(); ++s) {
       const std::vector<float> a = device.states[i][s].get<float>(), b = host.states[i][s].get<float>();
@@ -154,20 +166,22 @@ void check_steps(Backend& gpu, const OptimizerOptions& options, int steps, doubl
 
 TEST_CASE("GaLore and Fira on the GPU follow the CPU's f32", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
-  // Operands are rounded to bf16: R, N and Q once each.
-  check_steps(*gpu, options_of(OptimizerKind::galore, 24), 5, 1e-2);
-  for (const FiraVariant variant : {FiraVariant::paper, FiraVariant::reference}) {
-    OptimizerOptions options = options_of(OptimizerKind::fira, 40);
-    options.variant = variant;
-    check_steps(*gpu, options, 5, 1e-2);
+  for (const DType gradients : {DType::f32, DType::bf16}) {
+    // Operands are rounded to bf16: R, N and Q once each.
+    check_steps(*gpu, options_of(OptimizerKind::galore, 24), gradients, 5, 1e-2);
+    for (const FiraVariant variant : {FiraVariant::paper, FiraVariant::reference}) {
+      OptimizerOptions options = options_of(OptimizerKind::fira, 40);
+      options.variant = variant;
+      check_steps(*gpu, options, gradients, 5, 1e-2);
+    }
   }
 }
 
 TEST_CASE("blocks of the GPU follow the CPU's f32 along many tiles", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
-  for (const std::int64_t rank : {40, 264})  // whole panels of 128 and of 256 in shared memory
-    check_steps(*gpu, options_of(OptimizerKind::fira, rank), 2, 1e-2, kLargeShapes);
-  check_steps(*gpu, options_of(OptimizerKind::fira, 520), 2, 1e-2, kLargeShapes);  // panels that do not fit
+  for (const DType gradients : {DType::f32, DType::bf16})
+    for (const std::int64_t rank : {40, 264, 520})  // small panels, large ones, and those that do not fit
+      check_steps(*gpu, options_of(OptimizerKind::fira, rank), gradients, 2, 1e-2, kLargeShapes);
 }
 
 /// Share of the gradient's square inside the subspace.
@@ -175,44 +189,50 @@ double energy(const Matrix& g, const Matrix& q, bool right) {
   return (right ? Matrix(g * q) : Matrix(g.transpose() * q)).squaredNorm() / g.squaredNorm();
 }
 
-TEST_CASE("the bases that the GPU finds are orthonormal and hold the dominant subspace", "[gpu]") {
-  const auto gpu = cuda::make_backend(0);
-  for (const std::int64_t rank : {8, 72, 128}) {
-    OptimizerOptions options = options_of(OptimizerKind::fira, rank);
-    options.refresh = 4;
-    Family device(*gpu, options);
-    std::vector<std::vector<float>> last(kShapes.size());
-    for (int step = 1; step <= 9; ++step) {
-      std::vector<std::vector<float>> g;
-      for (std::size_t i = 0; i < kShapes.size(); ++i) {
-        g.push_back(gradient_of(kShapes[i], i, step));
-        device.g[i].set(g.back());
-      }
-      device.step(step);
-      for (std::size_t i = 0; i < kShapes.size(); ++i) {
-        INFO("rank " << rank << ", step " << step << ", " << kShapes[i].str());
-        const bool right = kShapes[i][0] >= kShapes[i][1];
-        const std::vector<float> values = device.states[i][0].get<float>();
-        const std::int64_t offset = static_cast<std::int64_t>(i) * 4 / static_cast<std::int64_t>(kShapes.size());
-        const bool due = step == 1 || (step - 1) % 4 == offset;
-        CHECK((values != last[i]) == due);
-        last[i] = values;
-        if (!due) continue;
-        const Matrix q = as_matrix(values, std::min(kShapes[i][0], kShapes[i][1]), rank);
-        const Matrix one = q.transpose() * q - Matrix::Identity(rank, rank);
-        CHECK(one.cwiseAbs().maxCoeff() <= 1e-5);
-        const Matrix matrix = as_matrix(g[i], kShapes[i][0], kShapes[i][1]);
-        const Eigen::VectorXd singular = Eigen::JacobiSVD<Eigen::MatrixXd>(matrix).singularValues();
-        const double best = singular.head(rank).squaredNorm() / singular.squaredNorm();
-        CHECK(energy(matrix, q, right) >= 0.99 * best);
-      }
+/// Refreshes of one run. The gradients of bf16 differ from those of f32 by 2^-9 of each element, which the energies
+/// do not show.
+void check_bases(Backend& gpu, std::int64_t rank, DType gradients) {
+  OptimizerOptions options = options_of(OptimizerKind::fira, rank);
+  options.refresh = 4;
+  Family device(gpu, options, gradients);
+  std::vector<std::vector<float>> last(kShapes.size());
+  for (int step = 1; step <= 9; ++step) {
+    std::vector<std::vector<float>> g;
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      g.push_back(gradient_of(kShapes[i], i, step));
+      device.set_gradient(i, g.back());
+    }
+    device.step(step);
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      INFO("rank " << rank << ", step " << step << ", " << kShapes[i].str() << ", gradients of "
+                   << to_string(gradients));
+      const bool right = kShapes[i][0] >= kShapes[i][1];
+      const std::vector<float> values = device.states[i][0].get<float>();
+      const std::int64_t offset = static_cast<std::int64_t>(i) * 4 / static_cast<std::int64_t>(kShapes.size());
+      const bool due = step == 1 || (step - 1) % 4 == offset;
+      CHECK((values != last[i]) == due);
+      last[i] = values;
+      if (!due) continue;
+      const Matrix q = as_matrix(values, std::min(kShapes[i][0], kShapes[i][1]), rank);
+      const Matrix one = q.transpose() * q - Matrix::Identity(rank, rank);
+      CHECK(one.cwiseAbs().maxCoeff() <= 1e-5);
+      const Matrix matrix = as_matrix(g[i], kShapes[i][0], kShapes[i][1]);
+      const Eigen::VectorXd singular = Eigen::JacobiSVD<Eigen::MatrixXd>(matrix).singularValues();
+      const double best = singular.head(rank).squaredNorm() / singular.squaredNorm();
+      CHECK(energy(matrix, q, right) >= 0.99 * best);
     }
   }
 }
 
+TEST_CASE("the bases that the GPU finds are orthonormal and hold the dominant subspace", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const DType gradients : {DType::f32, DType::bf16})
+    for (const std::int64_t rank : {8, 72, 128}) check_bases(*gpu, rank, gradients);
+}
+
 TEST_CASE("a gradient without a subspace leaves a basis that is orthonormal", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
-  Family device(*gpu, options_of(OptimizerKind::fira, 16));
+  Family device(*gpu, options_of(OptimizerKind::fira, 16), DType::f32);
   for (std::size_t i = 0; i < kShapes.size(); ++i)  // rank 1, and nothing
     device.g[i].set(std::vector<float>(static_cast<std::size_t>(kShapes[i].numel()), i == 0 ? 1.0f : 0.0f));
   device.step(1);
