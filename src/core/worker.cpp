@@ -32,6 +32,11 @@ void Worker::wait() {
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
+bool Worker::failed() const {
+  const std::lock_guard lock(mutex_);
+  return error_ != nullptr;
+}
+
 void Worker::run(int threads) {
   set_thread_count(threads);  // OpenMP counts for each thread
   std::unique_lock lock(mutex_);

@@ -7,7 +7,7 @@
 
 namespace kiln {
 
-/// A thread that does one job at a time beside its owner's. The owner's calls come from one thread.
+/// A thread that does one job at a time beside its owner's. post() and wait() come from one thread at a time.
 class Worker {
  public:
   /// Its parallel_for may use as many threads as that of the thread which makes it.
@@ -21,11 +21,13 @@ class Worker {
   void post(std::function<void()> job);
   /// Waits until no job is under way; throws what the last one threw.
   void wait();
+  /// Whether the next call will throw; does not wait.
+  bool failed() const;
 
  private:
   void run(int threads);
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::function<void()> job_;  // empty: idle
   std::exception_ptr error_;

@@ -1,7 +1,9 @@
 #include "train/averages.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <utility>
 
 #include "base/log.h"
 #include "core/parallel.h"
@@ -44,21 +46,25 @@ Json provenance(const FinishedAverage& average) {
   return json;
 }
 
-Averages::Averages(const Config& config, const DeviceWeights& weights, bool keeps_sums)
-    : config_(config), weights_(weights), keeps_sums_(keeps_sums) {
+Averages::Averages(const Config& config, const DeviceWeights& weights, bool keeps_sums, Write write)
+    : config_(config), weights_(weights), keeps_sums_(keeps_sums), write_(std::move(write)) {
   std::size_t elements = 0;
   for (const Parameter& parameter : weights.host().table().parameters) {
     offsets_.push_back(elements);
     elements += static_cast<std::size_t>(parameter.shape.numel());
   }
-  bool evaluates = false;
   for (const AverageWindow& options : config.averages) {
-    windows_.push_back({.options = options, .name = to_string(options), .taken = {}, .sums = {}});
-    if (keeps_sums_) windows_.back().sums.resize(elements);
-    evaluates = evaluates || options.evaluate;
+    windows_.push_back({.options = options, .evaluates = options.evaluate && !config.data.valid.empty()});
+    Window& window = windows_.back();
+    window.finished.name = to_string(options);
+    if (keeps_sums_ || window.evaluates) window.mean = std::make_unique<ModelWeights>(weights.config(), DType::f32);
+    window.finished.weights = window.mean.get();
+    if (!keeps_sums_) continue;
+    window.sums.resize(elements);
+    window.writer = std::make_unique<Worker>();
   }
-  if (keeps_sums_ || evaluates) scratch_ = std::make_unique<ModelWeights>(weights.config(), DType::f32);
   if (!keeps_sums_ || weights.shared()) return;
+  scratch_ = std::make_unique<ModelWeights>(weights.config(), DType::f32);
   copy_ = weights.backend().host_copy(weights.parts());
   worker_ = std::make_unique<Worker>();
 }
@@ -75,86 +81,125 @@ std::span<double> Averages::sums_of(Window& window, std::size_t parameter) const
   return std::span(window.sums).subspan(offsets_[parameter], count);
 }
 
-void Averages::add(Window& window, const ModelWeights& weights, bool first) const {
-  for (std::size_t p = 0; p < offsets_.size(); ++p) {
-    const std::span<double> sums = sums_of(window, p);
-    const std::span<const float> values = weights.view(weights.table().parameters[p]).span<float>();
-    parallel_for(static_cast<std::int64_t>(sums.size()), kGrain, [&](std::int64_t begin, std::int64_t end) {
-      const auto from = static_cast<std::size_t>(begin), count = static_cast<std::size_t>(end - begin);
-      const std::span<double> part = sums.subspan(from, count);
-      if (first) std::ranges::fill(part, 0.0);
-      add_weighted(std::as_bytes(values.subspan(from, count)), DType::f32, weight_of(window.options), part);
-    });
+Averages::Sample Averages::count(Window& window, const RunPosition& at) const {
+  check(!window.waits, "Averages::take: the mean of {} waits for its evaluation", window.finished.name);
+  std::vector<RunPosition>& taken = window.taken;
+  if (!taken.empty() && taken.back().step + window.options.every != at.step) taken.clear();
+  taken.push_back(at);
+  const Sample sample{.window = &window,
+                      .first = taken.size() == 1,
+                      .last = static_cast<std::int64_t>(taken.size()) == window.options.count};
+  if (sample.last) {
+    window.finished.taken = std::exchange(taken, {});
+    window.waits = window.evaluates;
+  }
+  return sample;
+}
+
+void Averages::add(const std::vector<Sample>& samples, const ModelWeights& weights) {
+  for (const Sample& sample : samples) {
+    Window& window = *sample.window;
+    for (std::size_t p = 0; p < offsets_.size(); ++p) {
+      const std::span<double> sums = sums_of(window, p);
+      const std::span<const float> values = weights.view(weights.table().parameters[p]).span<float>();
+      parallel_for(static_cast<std::int64_t>(sums.size()), kGrain, [&](std::int64_t begin, std::int64_t end) {
+        const auto from = static_cast<std::size_t>(begin), count = static_cast<std::size_t>(end - begin);
+        const std::span<double> part = sums.subspan(from, count);
+        if (sample.first) std::ranges::fill(part, 0.0);
+        add_weighted(std::as_bytes(values.subspan(from, count)), DType::f32, weight_of(window.options), part);
+      });
+    }
+    if (sample.last) round(window);
   }
 }
 
-std::optional<double> Averages::take(const RunPosition& at) {
-  struct Due {
-    Window* window;
-    bool first;
-  };
-  std::vector<Due> all;
-  for (Window& window : windows_) {
-    if (!due(window, at.step)) continue;
-    check(static_cast<std::int64_t>(window.taken.size()) < window.options.count, "Averages::take: {} is full",
-          window.name);
-    if (!window.taken.empty() && window.taken.back().step + window.options.every != at.step) window.taken.clear();
-    window.taken.push_back(at);
-    all.push_back({&window, window.taken.size() == 1});
+/// The mean of the sums, which are free afterwards.
+void Averages::round(Window& window) {
+  window.writer->wait();  // until the mean before is on disk
+  std::atomic<bool> finite = true;
+  for (std::size_t p = 0; p < offsets_.size(); ++p) {
+    const std::span<const double> sums = sums_of(window, p);
+    const std::span<float> mean = window.mean->view(window.mean->table().parameters[p]).span<float>();
+    parallel_for(static_cast<std::int64_t>(sums.size()), kGrain, [&](std::int64_t begin, std::int64_t end) {
+      const auto from = static_cast<std::size_t>(begin), count = static_cast<std::size_t>(end - begin);
+      if (!round_sum(sums.subspan(from, count), DType::f32, std::as_writable_bytes(mean.subspan(from, count))))
+        finite = false;
+    });
   }
+  window.finished.finite = finite;
+  if (!window.evaluates) hand_over(window);
+}
+
+/// Lets the window's thread write the mean.
+void Averages::hand_over(Window& window) {
+  if (window.finished.finite)
+    window.writer->post([this, average = window.finished] { write_(average); });
+  else if (!not_finite_)
+    not_finite_ = window.finished;
+}
+
+std::optional<double> Averages::take(const RunPosition& at) {
+  for (Window& window : windows_)
+    if (window.writer && window.writer->failed()) window.writer->wait();
+  std::vector<Window*> all;
+  for (Window& window : windows_)
+    if (due(window, at.step)) all.push_back(&window);
   if (all.empty()) return std::nullopt;
-  if (!keeps_sums_) return 0.0;
   const auto begin = std::chrono::steady_clock::now();
+  if (worker_) worker_->wait();  // the copy before has been added up
+  std::vector<Sample> samples;
+  for (Window* window : all) samples.push_back(count(*window, at));
+  if (!keeps_sums_) return 0.0;
   if (copy_) {
-    worker_->wait();  // the copy before has been added up
     copy_->start();
-    worker_->post([this, all] {
+    worker_->post([this, samples] {
       weights_.unpack(copy_->wait(), *scratch_);
-      for (const Due& one : all) add(*one.window, *scratch_, one.first);
+      add(samples, *scratch_);
     });
   } else {
-    for (const Due& one : all) add(*one.window, weights_.host(), one.first);
+    add(samples, weights_.host());
   }
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
 }
 
-std::vector<std::size_t> Averages::full() const {
+std::vector<std::size_t> Averages::to_evaluate() const {
   std::vector<std::size_t> list;
   for (std::size_t i = 0; i < windows_.size(); ++i)
-    if (static_cast<std::int64_t>(windows_[i].taken.size()) == windows_[i].options.count) list.push_back(i);
+    if (windows_[i].waits) list.push_back(i);
   return list;
 }
 
-bool Averages::any_full() const {
-  return std::ranges::any_of(
-      windows_, [](const Window& w) { return static_cast<std::int64_t>(w.taken.size()) == w.options.count; });
+void Averages::evaluate(std::size_t index, const std::function<void(const FinishedAverage&)>& evaluate) {
+  Window& window = windows_[index];
+  check(window.waits, "Averages::evaluate: the mean of {} is not complete", window.finished.name);
+  if (worker_) worker_->wait();
+  window.waits = false;
+  evaluate(window.finished);
+  if (keeps_sums_) hand_over(window);
 }
 
-FinishedAverage Averages::finish(std::size_t index) {
+void Averages::wait() {
   if (worker_) worker_->wait();
-  Window& window = windows_[index];
-  FinishedAverage average{
-      .name = window.name, .evaluate = window.options.evaluate, .taken = window.taken, .weights = scratch_.get()};
-  window.taken.clear();
-  for (std::size_t p = 0; keeps_sums_ && p < offsets_.size(); ++p) {
-    const Parameter& parameter = scratch_->table().parameters[p];
-    const std::span<float> mean = scratch_->view(parameter).span<float>();
-    average.finite = round_sum(sums_of(window, p), DType::f32, std::as_writable_bytes(mean)) && average.finite;
-  }
-  return average;
+  for (const Window& window : windows_)
+    if (window.writer) window.writer->wait();
+}
+
+std::optional<FinishedAverage> Averages::settle() {
+  wait();
+  return std::exchange(not_finite_, std::nullopt);
 }
 
 void Averages::save(const std::filesystem::path& directory) {
-  if (worker_) worker_->wait();
+  wait();  // a run that resumes here would not make these means again
   Json under_way = Json::object();
   std::vector<SafetensorsWriter::Item> items;
   std::map<std::string, std::span<const double>> sums;
   for (Window& window : windows_) {
     if (window.taken.empty()) continue;
-    under_way[window.name] = positions_json(window.taken);
+    under_way[window.finished.name] = positions_json(window.taken);
     for (std::size_t p = 0; p < offsets_.size(); ++p) {
       const Parameter& parameter = weights_.host().table().parameters[p];
-      items.push_back({window.name + "." + parameter.name, DType::f64, parameter.shape.sizes()});
+      items.push_back({window.finished.name + "." + parameter.name, DType::f64, parameter.shape.sizes()});
       sums[items.back().name] = sums_of(window, p);
     }
   }
@@ -165,8 +210,12 @@ void Averages::save(const std::filesystem::path& directory) {
 }
 
 void Averages::load(const std::filesystem::path& directory) {
-  if (worker_) worker_->wait();
-  for (Window& window : windows_) window.taken.clear();
+  wait();
+  not_finite_.reset();
+  for (Window& window : windows_) {
+    window.taken.clear();
+    window.waits = false;
+  }
   if (!std::filesystem::exists(directory / kFile)) return;
   const SafetensorsReader file(directory / kFile);
   const auto torn = [&](std::string_view what) {
@@ -177,12 +226,12 @@ void Averages::load(const std::filesystem::path& directory) {
   const Json under_way = text == file.metadata().end() ? Json() : Json::parse(text->second, nullptr, false);
   if (!under_way.is_object()) torn("its metadata name no windows");
   for (Window& window : windows_) {
-    const auto found = under_way.find(window.name);
+    const auto found = under_way.find(window.finished.name);
     if (found == under_way.end()) continue;
     window.taken = read_positions(*found);
     for (std::size_t p = 0; keeps_sums_ && p < offsets_.size(); ++p) {
       const Parameter& parameter = weights_.host().table().parameters[p];
-      const std::string name = window.name + "." + parameter.name;
+      const std::string name = window.finished.name + "." + parameter.name;
       const SafetensorEntry* entry = file.find(name);
       if (entry == nullptr || entry->dtype != DType::f64 || entry->shape != parameter.shape.sizes())
         torn(fmt::format("tensor '{}' is missing, or not f64 of shape {}", name, parameter.shape.str()));
@@ -194,8 +243,8 @@ void Averages::load(const std::filesystem::path& directory) {
 std::uint64_t average_host_bytes(const Config& config, std::uint64_t device_weight_bytes, const Backend& backend) {
   if (config.averages.empty()) return 0;
   const auto parameters = static_cast<std::uint64_t>(model_config(config).parameter_count());
-  return parameters * (sizeof(double) * config.averages.size() + sizeof(float)) +
-         (backend.is_host() ? 0 : device_weight_bytes);
+  return parameters * (sizeof(double) + sizeof(float)) * config.averages.size() +
+         (backend.is_host() ? 0 : parameters * sizeof(float) + device_weight_bytes);
 }
 
 }  // namespace kiln

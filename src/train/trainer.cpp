@@ -110,7 +110,8 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
   }
   if (config.rescue.spike && communicator.rank() == 0) spike_.emplace(*config.rescue.spike);
   if (!config.averages.empty())
-    averages_ = std::make_unique<Averages>(config, device_weights_, communicator.rank() == 0);
+    averages_ = std::make_unique<Averages>(config, device_weights_, communicator.rank() == 0,
+                                           [this](const FinishedAverage& average) { write(average); });
 }
 
 Trainer::~Trainer() = default;
@@ -275,6 +276,7 @@ std::size_t Trainer::memory_bytes() const {
 }
 
 void Trainer::save(const char* what) {
+  if (averages_) settle_averages();
   if (options_.write_files && communicator_.rank() == 0) {
     save_checkpoint(std::filesystem::path(config_.run.dir) / checkpoint_name(at_.step), run_state(Holds::everything),
                     at_);
@@ -291,33 +293,49 @@ void Trainer::snapshot() {
   communicator_.barrier();
 }
 
-/// Writes, evaluates and reports the averages that a step completed.
-void Trainer::finish_averages(StepMetrics& metrics) {
-  for (const std::size_t window : averages_->full()) {
+/// Called on another thread; reads nothing that training changes.
+void Trainer::write(const FinishedAverage& average) const {
+  if (!options_.write_files) return;
+  const RunPosition& at = average.taken.back();
+  save_snapshot(averages_of(config_) / ("window_" + average.name) / checkpoint_name(at.step),
+                {*average.weights, states_, to_json(config_), config_.data.tokenizer}, at, DType::f32,
+                provenance(average));
+}
+
+/// Evaluates and reports the averages that a step completed.
+void Trainer::evaluate_averages(StepMetrics& metrics) {
+  for (const std::size_t window : averages_->to_evaluate()) {
     const auto begin = std::chrono::steady_clock::now();
-    const FinishedAverage average = averages_->finish(window);
-    // Every rank leaves together, so that the run can be rescued.
-    if (communicator_.maximum(average.finite ? 0 : 1) > 0)
-      throw Divergence(fmt::format("{}: the average {} up to step {} is not finite; resume from an older checkpoint",
-                                   config_.run.dir, average.name, at_.step),
-                       at_);
-    if (options_.write_files && communicator_.rank() == 0)
-      save_snapshot(averages_of(config_) / ("window_" + average.name) / checkpoint_name(at_.step),
-                    {*average.weights, states_, to_json(config_), config_.data.tokenizer}, at_, DType::f32,
-                    provenance(average));
-    const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
-    metrics.average_ms = metrics.average_ms.value_or(0) + ms.count();
-    if (!valid_ || !average.evaluate) continue;
-    for (std::size_t s = 0; s < device_weights_.count(); ++s) {
-      const Tensor storage = average.weights->storage(s);
-      communicator_.broadcast({static_cast<std::byte*>(storage.data), storage.bytes()});
-    }
-    device_weights_.with(*average.weights, [&] { metrics.average_loss.push_back({average.name, evaluate().loss}); });
-    if (outputs_ && outputs_->progress)
-      outputs_->progress->message(fmt::format("average {} at step {}: validation loss {:.4f}", average.name, at_.step,
-                                              metrics.average_loss.back().loss));
+    averages_->evaluate(window, [&](const FinishedAverage& average) {
+      const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
+      metrics.average_ms = metrics.average_ms.value_or(0) + ms.count();
+      stop_if_not_finite(average.finite ? nullptr : &average);
+      for (std::size_t s = 0; s < device_weights_.count(); ++s) {
+        const Tensor storage = average.weights->storage(s);
+        communicator_.broadcast({static_cast<std::byte*>(storage.data), storage.bytes()});
+      }
+      device_weights_.with(*average.weights, [&] { metrics.average_loss.push_back({average.name, evaluate().loss}); });
+      if (outputs_ && outputs_->progress)
+        outputs_->progress->message(fmt::format("average {} at step {}: validation loss {:.4f}", average.name, at_.step,
+                                                metrics.average_loss.back().loss));
+    });
   }
   collected_ = std::chrono::steady_clock::now();
+}
+
+/// All averages of steps up to here are on disk afterwards.
+void Trainer::settle_averages() {
+  const std::optional<FinishedAverage> damaged = averages_->settle();
+  stop_if_not_finite(damaged ? &*damaged : nullptr);
+}
+
+/// Every rank leaves together, so that the run can be rescued; null where this rank knows of none.
+void Trainer::stop_if_not_finite(const FinishedAverage* damaged) {
+  if (communicator_.maximum(damaged != nullptr ? 1 : 0) == 0) return;
+  const std::string what = damaged == nullptr
+                               ? "an average, as the first rank saw,"
+                               : fmt::format("the average {} up to step {}", damaged->name, damaged->taken.back().step);
+  throw Divergence(fmt::format("{}: {} is not finite; resume from an older checkpoint", config_.run.dir, what), at_);
 }
 
 TrainSummary Trainer::summary() const {
@@ -333,7 +351,7 @@ TrainSummary Trainer::summary() const {
 bool Trainer::pauses_after(std::int64_t step) const {
   return step == config_.schedule.total_steps || (valid_ && due(config_.eval.every, step)) ||
          due(config_.snapshots.every, step) || due(config_.checkpoint.every, step) ||
-         (averages_ && averages_->any_full());
+         (averages_ && !averages_->to_evaluate().empty());
 }
 
 /// Evaluation, log, snapshot and checkpoint of a step; true when it was saved.
@@ -343,8 +361,8 @@ bool Trainer::after_step(StepMetrics& metrics) {
     metrics.valid_loss = valid_loss_ = evaluate().loss;
     collected_ = std::chrono::steady_clock::now();
   }
-  // Of two steps under way, the newer one may have filled it.
-  if (averages_ && averages_->any_full() && step == at_.step) finish_averages(metrics);
+  // Of two steps under way, the newer one may have completed it.
+  if (averages_ && step == at_.step) evaluate_averages(metrics);
   if (outputs_) outputs_->write(metrics);
   if (due(config_.snapshots.every, step) && snapshot_due_phase(config_, step)) snapshot();
   const bool saves = due(config_.checkpoint.every, step);

@@ -88,7 +88,10 @@ class Trainer {
   bool after_step(StepMetrics& metrics);
   void save(const char* what);
   void snapshot();
-  void finish_averages(StepMetrics& metrics);
+  void evaluate_averages(StepMetrics& metrics);
+  void settle_averages();
+  void stop_if_not_finite(const FinishedAverage* damaged);
+  void write(const FinishedAverage& average) const;
   void stop_if_diverged(const RunPosition& at, double grad_norm);
   TrainSummary summary() const;
 

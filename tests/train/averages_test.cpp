@@ -1,7 +1,11 @@
 #include "train/averages.h"
 
 #include <cmath>
+#include <condition_variable>
 #include <filesystem>
+#include <fstream>
+#include <mutex>
+#include <thread>
 
 #include "base/files.h"
 #include "base/rng.h"
@@ -54,6 +58,8 @@ struct Run {
     return steps;
   }
 };
+
+void nothing(const FinishedAverage&) {}
 
 std::vector<float> values_of(const ModelWeights& weights) {
   std::vector<float> all;
@@ -153,11 +159,11 @@ TEST_CASE("a checkpoint without averages, or with other windows, begins them ane
   larger.model.ffn = 48;
   const ModelWeights loaded = load_model(checkpoint);
   const DeviceWeights weights(loaded);
-  Averages fits(run.config, weights, true);
+  Averages fits(run.config, weights, true, nothing);
   fits.load(checkpoint);
   const ModelWeights another(model_config(larger), DType::f32);
   const DeviceWeights of_another(another);
-  Averages refuses(larger, of_another, true);
+  Averages refuses(larger, of_another, true, nothing);
   CHECK_THROWS_WITH(refuses.load(checkpoint), ContainsSubstring("is missing, or not f64 of shape"));
 }
 
@@ -169,22 +175,27 @@ TEST_CASE("weights that come as bf16 halves through a copy give the same sums as
   // A device's layout on the host: padded bf16 storages and the lower halves of their masters.
   const DeviceWeights device(host, StorageLayout(DType::bf16, 64), true, cpu_backend());
   REQUIRE_FALSE(device.shared());
-  Averages at_once(run.config, direct, true), behind(run.config, device, true);
-  for (std::int64_t step = 1; step <= 4; ++step) {
+  Averages at_once(run.config, direct, true, nothing), behind(run.config, device, true, nothing);
+  int compared = 0;
+  for (std::int64_t step = 1; step <= 6; ++step) {
     for (const Parameter& parameter : host.table().parameters)
       for (float& value : host.view(parameter).span<float>()) value = value * 1.25f - 0.003f;
     device.push();
     const RunPosition at{.step = step};
     CHECK(at_once.take(at).has_value());
     CHECK(behind.take(at).has_value());
-    CHECK(at_once.full() == behind.full());
-    for (const std::size_t window : at_once.full()) {
-      const std::vector<float> mean = values_of(*at_once.finish(window).weights);
-      CHECK(values_of(*behind.finish(window).weights) == mean);
+    CHECK(at_once.to_evaluate() == behind.to_evaluate());
+    for (const std::size_t window : at_once.to_evaluate()) {
+      std::vector<float> mean, same;
+      at_once.evaluate(window, [&](const FinishedAverage& average) { mean = values_of(*average.weights); });
+      behind.evaluate(window, [&](const FinishedAverage& average) { same = values_of(*average.weights); });
+      CHECK(same == mean);
       CHECK(std::abs(mean[5]) > 0);
+      ++compared;
     }
   }
-  CHECK_FALSE(at_once.any_full());
+  CHECK(compared == 3);  // 1x3 at steps 3 and 6, 2x2 at step 4
+  CHECK(at_once.to_evaluate().empty());
 
   // And back: while another model is shown, a plan reads that; afterwards the same bits as before.
   const ModelWeights other(model_config(run.config), DType::f32);
@@ -202,19 +213,118 @@ TEST_CASE("weights that come as bf16 halves through a copy give the same sums as
   }
 }
 
-TEST_CASE("a rank that keeps no sums knows what is due, and an overfull window is refused") {
-  const Run run("[{every: 2, count: 2, start: 1, eval: false}]");
+TEST_CASE("a rank that keeps no sums knows what is due, and a mean must be evaluated before the next sample") {
+  const Run run("[{every: 2, count: 2, start: 1}, {every: 2, count: 3, start: 1, eval: false}]");
   const ModelWeights host(model_config(run.config), DType::f32);
   const DeviceWeights weights(host);
-  Averages counts(run.config, weights, false);
+  Averages counts(run.config, weights, false, nothing);
   CHECK_FALSE(counts.take({.step = 1}).has_value());
   CHECK(counts.take({.step = 2}).has_value());
   CHECK(counts.take({.step = 4}).has_value());
-  CHECK(counts.any_full());
-  CHECK_THROWS_WITH(counts.take({.step = 6}), ContainsSubstring("2x2 is full"));
-  const FinishedAverage average = counts.finish(0);
-  CHECK(average.taken.size() == 2);
-  CHECK(average.weights == nullptr);
+  REQUIRE(counts.to_evaluate() == std::vector<std::size_t>{0});
+  CHECK_THROWS_WITH(counts.take({.step = 6}), ContainsSubstring("the mean of 2x2 waits for its evaluation"));
+  CHECK_THROWS_WITH(counts.evaluate(1, nothing), ContainsSubstring("the mean of 2x3 is not complete"));
+  counts.evaluate(0, [](const FinishedAverage& average) {
+    CHECK(average.taken.size() == 2);
+    CHECK(average.weights != nullptr);  // what the first rank sends is evaluated by all
+  });
+  CHECK(counts.to_evaluate().empty());
+  CHECK_FALSE(counts.settle().has_value());
+}
+
+/// A disk that takes its time: write() begins at once and ends after finish().
+struct SlowDisk {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool open = false;
+  std::vector<std::vector<float>> written;
+
+  void write(const FinishedAverage& average) {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return open; });
+    written.push_back(values_of(*average.weights));
+  }
+  void finish() {
+    const std::lock_guard lock(mutex);
+    open = true;
+    changed.notify_all();
+  }
+};
+
+TEST_CASE("a mean is written while its window goes on, and a checkpoint waits for it") {
+  const Run run("[{every: 1, count: 2, start: 1, eval: false}]");
+  const ModelWeights host(model_config(run.config), DType::f32);
+  initialise(host, 7);
+  const DeviceWeights shared(host), copied(host, StorageLayout(DType::bf16, 64), true, cpu_backend());
+  for (const DeviceWeights* weights : {&shared, &copied}) {
+    SlowDisk disk;
+    Averages averages(run.config, *weights, true, [&](const FinishedAverage& average) { disk.write(average); });
+    weights->push();
+    const std::vector<float> first = values_of(host);
+    averages.take({.step = 1});
+    averages.take({.step = 2});  // complete
+    for (const Parameter& parameter : host.table().parameters)
+      for (float& value : host.view(parameter).span<float>()) value *= 1.5f;
+    weights->push();
+    averages.take({.step = 3});  // the window goes on, and no write has ended
+    std::jthread later([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      disk.finish();
+    });
+    const fs::path checkpoint = run.dir / (weights == &shared ? "shared" : "copied");
+    fs::create_directories(checkpoint);
+    averages.save(checkpoint);
+    REQUIRE(disk.written.size() == 1);
+    CHECK((disk.written[0] == first));  // in brackets: no list of the values
+    later.join();
+    Averages resumed(run.config, *weights, true, [&](const FinishedAverage& average) { disk.write(average); });
+    resumed.load(checkpoint);
+    resumed.take({.step = 4});
+    CHECK_FALSE(resumed.settle().has_value());
+    REQUIRE(disk.written.size() == 2);
+    CHECK((disk.written[1] == values_of(host)));
+    for (const Parameter& parameter : host.table().parameters)
+      for (float& value : host.view(parameter).span<float>()) value /= 1.5f;
+  }
+}
+
+TEST_CASE("a mean that cannot be written ends the run with its name, and no checkpoint claims it") {
+  const Run run("[{every: 2, count: 4, eval: false}]");
+  fs::create_directories(run.dir / "run/averages");
+  std::ofstream(run.dir / "run/averages/window_2x4") << "no directory";
+  Trainer trainer(run.config, *run.communicator, {.quiet = true});
+  CHECK_THROWS_WITH(trainer.run(), ContainsSubstring("averages/window_2x4/step_00000010"));
+  const auto found = list_checkpoints(run.config.run.dir);
+  REQUIRE(found.size() == 1);
+  CHECK(checkpoint_step(found[0]) == 5);
+
+  // Without a checkpoint in between, the next step says so.
+  const ModelWeights host(model_config(run.config), DType::f32);
+  const DeviceWeights weights(host);
+  Averages averages(run.config, weights, true, [](const FinishedAverage&) { fail(ExitCode::resource, "disk full"); });
+  for (const std::int64_t step : {4, 6, 8, 10}) averages.take({.step = step});
+  const auto until_it_fails = [&] {
+    for (int i = 0; i < 1000; ++i) {
+      averages.take({.step = 11});  // not due
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  };
+  CHECK_THROWS_WITH(until_it_fails(), "disk full");
+}
+
+TEST_CASE("a mean that is not finite is not written, and is told when means are settled") {
+  const Run run("[{every: 1, count: 2, start: 1, eval: false}]");
+  const ModelWeights host(model_config(run.config), DType::f32);
+  host.storage(0).span<float>()[0] = INFINITY;
+  const DeviceWeights weights(host);
+  bool written = false;
+  Averages averages(run.config, weights, true, [&](const FinishedAverage&) { written = true; });
+  for (std::int64_t step = 1; step <= 4; ++step) averages.take({.step = step});
+  const std::optional<FinishedAverage> damaged = averages.settle();
+  REQUIRE(damaged.has_value());
+  CHECK(damaged->taken.back().step == 2);
+  CHECK_FALSE(written);
+  CHECK_FALSE(averages.settle().has_value());
 }
 
 TEST_CASE("windows are read, written and checked like any key") {
@@ -241,7 +351,7 @@ TEST_CASE("windows are read, written and checked like any key") {
   Config none = run.config;
   none.averages.clear();
   const auto parameters = static_cast<std::uint64_t>(model_config(run.config).parameter_count());
-  CHECK(average_host_bytes(run.config, 1000, cpu_backend()) == parameters * (2 * 8 + 4));
+  CHECK(average_host_bytes(run.config, 1000, cpu_backend()) == parameters * 2 * (8 + 4));
   CHECK(average_host_bytes(none, 1000, cpu_backend()) == 0);
 }
 
