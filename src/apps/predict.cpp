@@ -109,10 +109,21 @@ class HeldOut {
         device_(device),
         weights_(weights),
         data_(config.data.valid, config.data.seq_len, weights.config().vocab, config.run.seed),
-        samples_(samples_for_tokens(data_, config.eval.tokens)) {
-    open();
+        samples_(samples_for_tokens(data_, config.eval.tokens)),
+        backend_(open_device(device)) {}
+  std::string precision() const { return storage_layout(*backend_).dtype == DType::f32 ? "f32" : "bf16"; }
+
+  /// All that a model's losses depend on besides its weights.
+  Json identity() const {
+    return {{"program", hash_file("/proc/self/exe")},
+            {"device", backend_->name()},
+            {"precision", precision()},
+            {"sequences", samples_},
+            {"seq_len", config_.data.seq_len},
+            {"sequences_at_once", sequences_at_once()},
+            {"data", hash_samples()},
+            {"model", to_hf_config(weights_.config(), "float32")}};
   }
-  std::string precision() const { return on_device_->layout().dtype == DType::f32 ? "f32" : "bf16"; }
 
   /// Losses by sequence of what the weights hold, as the merge library takes them.
   SequenceLosses evaluate() {
@@ -134,10 +145,23 @@ class HeldOut {
 
  private:
   void open() {
-    backend_ = open_device(device_);
+    if (!backend_) backend_ = open_device(device_);
     on_device_ = std::make_unique<DeviceWeights>(weights_, storage_layout(*backend_), false, *backend_);
-    const std::int64_t pass = config_.eval.micro.value_or(micro_batch(config_, 1, *backend_).sequences);
-    evaluator_ = std::make_unique<SequenceEvaluator>(*on_device_, std::min(samples_, pass), config_.data.seq_len);
+    evaluator_ = std::make_unique<SequenceEvaluator>(*on_device_, sequences_at_once(), config_.data.seq_len);
+  }
+  std::int64_t sequences_at_once() const {
+    return std::min(samples_, config_.eval.micro.value_or(micro_batch(config_, 1, *backend_).sequences));
+  }
+  /// Of the tokens and targets themselves, wherever they come from.
+  std::string hash_samples() const {
+    const auto length = static_cast<std::size_t>(config_.data.seq_len);
+    std::vector<std::int32_t> sample(2 * length);
+    std::string hashes;
+    for (std::int64_t i = 0; i < samples_; ++i) {
+      data_.sample(i, std::span(sample).first(length), std::span(sample).last(length));
+      hashes += hash_bytes(std::as_bytes(std::span(sample)));
+    }
+    return hash_bytes(std::as_bytes(std::span(hashes)));
   }
 
   const Config& config_;
@@ -186,6 +210,7 @@ void run(const PredictArguments& arguments) {
   const std::vector<MergeInput> snapshots = open_inputs(paths, true);
   const ModelWeights weights(model_config(config), DType::f32);
   HeldOut held_out(config, parse_device(arguments.device), weights);
+  const LossCache known(arguments.run / "predictions", held_out.identity());
   const Evidence evidence = read_evidence(arguments, anneal.end);
   PredictionRequest request{.snapshots = snapshots,
                             .anneal = anneal,
@@ -197,6 +222,7 @@ void run(const PredictArguments& arguments) {
                             .weights = weights,
                             .evaluate = [&] { return held_out.evaluate(); },
                             .evaluated_in = held_out.precision(),
+                            .known = &known,
                             .run_anneal = {}};
   const AnnealBranch branch = branch_of(arguments, anneal, start);
   if (arguments.anneal_check)

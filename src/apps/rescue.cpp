@@ -50,6 +50,19 @@ void merge_before(const Config& config, const Divergence& divergence, const std:
       checkpoint_step(checkpoints.back()).value(), position, config.rescue.skip);
 }
 
+/// Snapshots and averages of the stretch that is dropped, which would pass for the run's own.
+void remove_dropped(const Config& config, std::int64_t resumed) {
+  const fs::path run = config.run.dir;
+  std::vector<fs::path> homes{run / "snapshots"};
+  if (fs::is_directory(run / "averages"))
+    for (const fs::directory_entry& window : fs::directory_iterator(run / "averages")) homes.push_back(window.path());
+  for (const fs::path& home : homes)
+    if (const std::vector<fs::path> removed = remove_checkpoints_after(home, resumed); !removed.empty())
+      log_warning("{}: {} director{} of steps that are dropped, {} to {}, removed", home.string(), removed.size(),
+                  removed.size() == 1 ? "y" : "ies", checkpoint_step(removed.front()).value(),
+                  checkpoint_step(removed.back()).value());
+}
+
 }  // namespace
 
 fs::path rescue(const Config& config, const Divergence& divergence, Communicator& communicator) {
@@ -62,7 +75,10 @@ fs::path rescue(const Config& config, const Divergence& divergence, Communicator
     fail(ExitCode::diverged, "{}; there is no checkpoint from before to merge (checkpoint.every: {})",
          divergence.what(), config.checkpoint.every);
   const fs::path out = fs::path(config.run.dir) / fmt::format("rescue_{:08}", at.step);
-  if (communicator.rank() == 0) merge_before(config, divergence, checkpoints, out);
+  if (communicator.rank() == 0) {
+    merge_before(config, divergence, checkpoints, out);
+    remove_dropped(config, checkpoint_step(checkpoints.back()).value());
+  }
   communicator.barrier();
   return out;
 }

@@ -33,6 +33,14 @@ void remove_leftovers(const fs::path& final_directory) {
   for (const fs::path& path : found) fs::remove_all(path);
 }
 
+/// Renamed first: what a kill leaves half-removed is then no checkpoint.
+void remove_checkpoint(const fs::path& path) {
+  const fs::path doomed = path.string() + ".tmp-old";
+  fs::remove_all(doomed);  // of a kill before
+  fs::rename(path, doomed);
+  fs::remove_all(doomed);
+}
+
 }  // namespace
 
 CheckpointWriter::CheckpointWriter(fs::path final_directory) : final_(std::move(final_directory)) {
@@ -139,12 +147,22 @@ std::vector<fs::path> list_checkpoints(const fs::path& run_directory) {
 void prune_checkpoints(const fs::path& run_directory, int keep) {
   if (keep <= 0) return;
   const std::vector<fs::path> found = list_checkpoints(run_directory);
-  for (std::size_t i = 0; i + static_cast<std::size_t>(keep) < found.size(); ++i) {
-    // Renamed first: what a kill leaves half-removed is then no checkpoint.
-    const fs::path doomed = found[i].string() + ".tmp-old";
-    fs::rename(found[i], doomed);
-    fs::remove_all(doomed);
+  for (std::size_t i = 0; i + static_cast<std::size_t>(keep) < found.size(); ++i) remove_checkpoint(found[i]);
+}
+
+std::vector<fs::path> remove_checkpoints_after(const fs::path& directory, std::int64_t step) {
+  if (!fs::is_directory(directory)) return {};
+  std::vector<std::pair<std::int64_t, fs::path>> found;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory))
+    if (const auto at = checkpoint_step(entry.path()); at && *at > step && entry.is_directory())
+      found.emplace_back(*at, entry.path());
+  std::sort(found.begin(), found.end());
+  std::vector<fs::path> removed;
+  for (auto& [at, path] : found) {
+    remove_checkpoint(path);
+    removed.push_back(std::move(path));
   }
+  return removed;
 }
 
 std::vector<fs::path> model_files(const fs::path& directory) {

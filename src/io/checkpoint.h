@@ -46,6 +46,10 @@ std::vector<std::filesystem::path> list_checkpoints(const std::filesystem::path&
 /// Removes all but the newest `keep` checkpoints; never the newest whole one. keep <= 0 keeps all.
 void prune_checkpoints(const std::filesystem::path& run_directory, int keep);
 
+/// Removes every `step_*` below `directory` of a step behind `step`, torn ones too, and returns their paths, ascending.
+/// None where there is no such directory.
+std::vector<std::filesystem::path> remove_checkpoints_after(const std::filesystem::path& directory, std::int64_t step);
+
 /// The model files of a Hugging Face directory: `model.safetensors`, or the shards of `model.safetensors.index.json`.
 /// A data Error when there is none or a shard is missing.
 std::vector<std::filesystem::path> model_files(const std::filesystem::path& directory);

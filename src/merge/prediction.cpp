@@ -24,25 +24,40 @@ class Merges {
   explicit Merges(const PredictionRequest& request) : request_(request) {}
 
   /// `chosen` are indices of snapshots, oldest first.
-  SequenceLosses losses(const std::vector<std::size_t>& chosen, std::span<const double> weights) const {
+  SequenceLosses losses(const std::vector<std::size_t>& chosen, std::span<const double> weights) {
     std::vector<const MergeInput*> inputs;
     for (const std::size_t i : chosen) inputs.push_back(&request_.snapshots[i]);
-    merge_into(inputs, weights, request_.weights);
-    return request_.evaluate();
+    return losses_of(inputs, weights);
   }
-  SequenceLosses mean_losses(const std::vector<std::size_t>& chosen) const {
+  SequenceLosses mean_losses(const std::vector<std::size_t>& chosen) {
     return losses(chosen, merge_weights({.method = MergeMethod::sma}, chosen.size()));
   }
-  SequenceLosses checkpoint_losses(const std::filesystem::path& directory) const {
+  SequenceLosses checkpoint_losses(const std::filesystem::path& directory) {
     const std::vector<MergeInput> inputs = open_inputs({directory}, true);
     const MergeInput* const input = &inputs.front();
     const double whole = 1.0;
-    merge_into(std::span(&input, 1), std::span(&whole, 1), request_.weights);
-    return request_.evaluate();
+    return losses_of(std::span(&input, 1), std::span(&whole, 1));
   }
 
+  std::int64_t evaluated() const { return evaluated_; }
+  std::int64_t known() const { return known_; }
+
  private:
+  SequenceLosses losses_of(std::span<const MergeInput* const> inputs, std::span<const double> weights) {
+    if (request_.known != nullptr)
+      if (auto found = request_.known->find(inputs, weights)) {
+        ++known_;
+        return *std::move(found);
+      }
+    merge_into(inputs, weights, request_.weights);
+    SequenceLosses losses = request_.evaluate();
+    if (request_.known != nullptr) request_.known->store(inputs, weights, losses);
+    ++evaluated_;
+    return losses;
+  }
+
   const PredictionRequest& request_;
+  std::int64_t evaluated_ = 0, known_ = 0;
 };
 
 std::int64_t step_at(const PredictionRequest& request, std::size_t i) { return request.snapshots[i].step.value_or(0); }
@@ -83,8 +98,7 @@ Candidate evaluated(const std::string& name, const std::string& note, SequenceLo
           .losses = std::move(losses)};
 }
 
-std::vector<Candidate> window_merges(const PredictionRequest& request, const Merges& merges,
-                                     const SequenceLosses& last) {
+std::vector<Candidate> window_merges(const PredictionRequest& request, Merges& merges, const SequenceLosses& last) {
   const std::vector<std::size_t> chosen = window(request, request.anneal.begin, request.anneal.end);
   check(chosen.size() >= 2,
         "{} snapshots lie in the anneal's window, steps {} to {}, and 2 or more are needed; take a longer anneal, or "
@@ -104,7 +118,7 @@ std::vector<Candidate> window_merges(const PredictionRequest& request, const Mer
 }
 
 /// Evaluates the sweep; the best cell becomes a candidate.
-Candidate sweep(const PredictionRequest& request, const Merges& merges, const SequenceLosses& last,
+Candidate sweep(const PredictionRequest& request, Merges& merges, const SequenceLosses& last,
                 std::vector<SweepCell>& cells) {
   Candidate best{.predictor = {.name = "best of sweep", .note = "no (N, V) fits the snapshots", .error = {}},
                  .losses = {}};
@@ -127,7 +141,7 @@ Candidate sweep(const PredictionRequest& request, const Merges& merges, const Se
   return best;
 }
 
-std::vector<TrailPoint> trail(const PredictionRequest& request, const Merges& merges) {
+std::vector<TrailPoint> trail(const PredictionRequest& request, Merges& merges) {
   std::vector<std::size_t> ends;  // where a whole window of at least two snapshots fits, but the last
   for (std::size_t i = 0; i + 1 < request.snapshots.size(); ++i)
     if (step_at(request, i) - request.anneal.steps() >= step_at(request, 0) &&
@@ -295,7 +309,7 @@ void check_against(const SequenceLosses& annealed, std::vector<Candidate>& candi
 Prediction predict(const PredictionRequest& request) {
   check(!request.snapshots.empty() && request.snapshots.back().step == request.anneal.end,
         "the last snapshot is not of the anneal's end, step {}; choose a step that has a snapshot", request.anneal.end);
-  const Merges merges(request);
+  Merges merges(request);
   const std::vector<AnnealCheck> checks = comparable(request);
   const SequenceLosses last = merges.mean_losses({request.snapshots.size() - 1});
   Prediction prediction{.anneal = request.anneal, .tokens = request.snapshots.back().tokens};
@@ -317,6 +331,8 @@ Prediction predict(const PredictionRequest& request) {
   choose(prediction, candidates, checks, last);
   if (request.run_anneal) check_against(merges.checkpoint_losses(request.run_anneal()), candidates, prediction);
   for (const Candidate& candidate : candidates) prediction.predictors.push_back(candidate.predictor);
+  prediction.models_evaluated = merges.evaluated();
+  prediction.models_known = merges.known();
   return prediction;
 }
 

@@ -9,6 +9,7 @@
 
 #include "merge/anneal_check.h"
 #include "merge/inputs.h"
+#include "merge/loss_cache.h"
 #include "merge/loss_law.h"
 #include "merge/sequence_loss.h"
 #include "model/llama.h"
@@ -28,6 +29,7 @@ struct PredictionRequest {
   const ModelWeights& weights;
   std::function<SequenceLosses()> evaluate;
   std::string evaluated_in = "f32";  // its precision, for the reader
+  const LossCache* known = nullptr;  // losses of earlier predictions; null: every merge is evaluated
   /// Runs the real anneal and returns its checkpoint; empty: no check.
   std::function<std::filesystem::path()> run_anneal;
 };
@@ -59,9 +61,10 @@ struct TrailPoint {
 
 struct Prediction {
   Anneal anneal;
-  std::optional<std::int64_t> tokens{};     // at its end
-  std::int64_t sequences = 0, targets = 0;  // held out
-  std::string evaluated_in{};               // precision
+  std::optional<std::int64_t> tokens{};                 // at its end
+  std::int64_t sequences = 0, targets = 0;              // held out
+  std::string evaluated_in{};                           // precision
+  std::int64_t models_evaluated = 0, models_known = 0;  // the latter from PredictionRequest::known
   double last_loss = 0;
   std::vector<Predictor> predictors{};
   std::vector<SweepCell> sweep{};

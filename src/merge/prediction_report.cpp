@@ -93,6 +93,8 @@ Json to_json(const Prediction& p) {
                {"sequences", p.sequences},
                {"targets", p.targets},
                {"evaluated_in", p.evaluated_in},
+               {"models_evaluated", p.models_evaluated},
+               {"models_known", p.models_known},
                {"last_loss", p.last_loss},
                {"predicted_loss", p.loss},
                {"low", p.interval.low},
@@ -132,6 +134,8 @@ std::string prediction_text(const std::string& run, const Prediction& p) {
     text += fmt::format("the real anneal reached {:.4f}, {} the interval; the error is {:+.4f}\n", *p.annealed_loss,
                         inside ? "inside" : "outside", p.loss - *p.annealed_loss);
   }
+  text += fmt::format("models evaluated: {}, losses known from earlier predictions: {}\n", p.models_evaluated,
+                      p.models_known);
   return text;
 }
 

@@ -77,6 +77,33 @@ TEST_CASE("a run goes on from the merge of its last checkpoints after a spike, b
   CHECK(fingerprint(at.dir / "again/step_00000120") == fingerprint(at.dir / "run/step_00000120"));
 }
 
+TEST_CASE("snapshots and averages of the steps that a rescue drops are removed") {
+  const Spiky at;
+  const Outcome outcome = at.train(
+      "rescue.limit=20 snapshots.every=2 'averages=[{every: 1, count: 2, eval: false}, {every: 1, count: 3, eval: "
+      "false}]'");
+  INFO(outcome.text);
+  REQUIRE(outcome.code == 0);
+  CHECK_THAT(outcome.text, ContainsSubstring("run/snapshots: ") && ContainsSubstring("run/averages/window_1x2: ") &&
+                               ContainsSubstring("of steps that are dropped"));
+  std::vector<fs::path> written;
+  for (const char* home : {"snapshots", "averages/window_1x2", "averages/window_1x3"})
+    for (const fs::path& path : list_checkpoints(at.dir / "run" / home)) written.push_back(path);
+  CHECK(written.size() > 100);
+  // What is behind the step at which a rescue went on was written after that rescue.
+  int behind = 0;
+  for (const fs::path& rescued : rescues(at.dir / "run")) {
+    const Json state = read_json(rescued / "state.json");
+    for (const fs::path& path : written) {
+      if (checkpoint_step(path).value() <= state.at("step").get<std::int64_t>()) continue;
+      INFO(path << " and " << rescued);
+      CHECK(read_json(path / "state.json").at("rescues").get<int>() >= state.at("rescues").get<int>());
+      ++behind;
+    }
+  }
+  CHECK(behind > 0);
+}
+
 TEST_CASE("rescues end at their limit, also over resumes, and without a checkpoint there is none") {
   const Spiky at;
   const Outcome first = at.train("rescue.limit=1 schedule.total_steps=2000");

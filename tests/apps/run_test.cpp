@@ -88,6 +88,24 @@ TEST_CASE("predict tells the annealed loss, checks it with a real anneal, and le
   CHECK(read_metrics(anneal / "metrics.jsonl").back().lr == 0.0);
   CHECK(fs::is_regular_file(anneal / "check.json"));
   CHECK_THAT(read_text(at.dir / "run/prediction.html"), ContainsSubstring("Predicted anneals"));
+
+  // A second anneal of the same end shares the merges; the same one again evaluates nothing.
+  REQUIRE(at("KILN predict DIR/run --anneal-check --shape 1-sqrt --quiet").code == 0);
+  const Json other = read_json(at.dir / "run/prediction.json");
+  CHECK(other.at("models_evaluated") == 3);  // schedule, QAM, and the anneal
+  CHECK(other.at("sweep") == prediction.at("sweep"));
+  REQUIRE(at("KILN predict DIR/run --anneal-check --quiet").code == 0);
+  Json again = read_json(at.dir / "run/prediction.json");
+  CHECK(again.at("models_evaluated") == 0);
+  CHECK(again.at("predictors") == prediction.at("predictors"));
+  // Other held-out tokens, and merges that nobody kept, are evaluated.
+  REQUIRE(at("KILN predict DIR/run --tokens 320 --quiet").code == 0);
+  CHECK(read_json(at.dir / "run/prediction.json").at("models_evaluated") > 5);
+  fs::remove_all(at.dir / "run/predictions");
+  REQUIRE(at("KILN predict DIR/run --anneal-check --quiet").code == 0);
+  again = read_json(at.dir / "run/prediction.json");
+  CHECK(again.at("models_evaluated") > 20);
+  CHECK(again.at("predictors") == prediction.at("predictors"));
 }
 
 TEST_CASE("predict evaluates where it is told, and a held-out set of one sequence has no interval over sequences") {

@@ -83,6 +83,14 @@ TEST_CASE("names, order and pruning") {
   CHECK(list_checkpoints(scratch.path) ==
         std::vector<fs::path>{scratch.path / checkpoint_name(30), scratch.path / checkpoint_name(100)});
   CHECK(std::distance(fs::directory_iterator(scratch.path), {}) == 2);
+
+  fs::create_directories(scratch.path / checkpoint_name(40));  // torn
+  CHECK(remove_checkpoints_after(scratch.path / "nowhere", 0).empty());
+  CHECK(remove_checkpoints_after(scratch.path, 100).empty());
+  CHECK(remove_checkpoints_after(scratch.path, 30) ==
+        std::vector<fs::path>{scratch.path / checkpoint_name(40), scratch.path / checkpoint_name(100)});
+  CHECK(fs::directory_iterator(scratch.path)->path() == scratch.path / checkpoint_name(30));
+  CHECK(std::distance(fs::directory_iterator(scratch.path), {}) == 1);
 }
 
 TEST_CASE("kill -9 at any moment leaves only whole checkpoints, and never fewer") {

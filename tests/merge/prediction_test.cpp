@@ -1,6 +1,7 @@
 #include "merge/prediction.h"
 
 #include <cmath>
+#include <fstream>
 
 #include "core/parallel.h"
 #include "merge/memory_merge.h"
@@ -211,6 +212,99 @@ TEST_CASE("a check fills signed errors, and what it found is trusted later") {
   CHECK(*named(later, "schedule, corrected").loss == Approx(*named(later, "schedule").loss - 0.25));
   checks[0].anneal.shape = DecayShape::cosine;  // another kind of anneal
   CHECK(predict(request).trusted == "schedule");
+}
+
+TEST_CASE(
+    "a second prediction evaluates no merge again, and none of a snapshot that has changed is taken for another") {
+  const Toy toy;
+  int evaluations = 0;
+  const LossCache known(toy.temp / "predictions", {{"data", "a"}});
+  PredictionRequest request = toy.request();
+  request.known = &known;
+  request.evaluate = [&] {
+    ++evaluations;
+    return toy.evaluate();
+  };
+  fs::path annealed = write_snapshot(toy.temp / "annealed", 300, 0.002);
+  request.run_anneal = [&] { return annealed; };
+  const Prediction first = predict(request);
+  CHECK(first.models_evaluated == evaluations);
+  CHECK(evaluations > 20);
+  const auto figures = [](const Prediction& prediction) {
+    Json json = to_json(prediction);
+    json.erase("models_evaluated");
+    json.erase("models_known");
+    return json;
+  };
+  CHECK(figures(predict(toy.request())).at("sweep") == figures(first).at("sweep"));
+
+  evaluations = 0;
+  const Prediction again = predict(request);
+  CHECK(evaluations == 0);
+  CHECK(again.models_evaluated == 0);
+  CHECK(figures(again) == figures(first));
+  // Another anneal of the same end: only what depends on its shape, and the real anneal.
+  request.anneal.shape = DecayShape::cosine;
+  annealed = write_snapshot(toy.temp / "other", 300, 0.003);
+  const Prediction other = predict(request);
+  CHECK(evaluations == 3);  // schedule, QAM, and the anneal
+  CHECK(*other.annealed_loss == Approx(loss_of(0.003)).margin(1e-6));
+  CHECK(figures(other).at("sweep") == figures(first).at("sweep"));
+
+  // Snapshot 5 of 20 is written anew: merges with it are evaluated again, and only those.
+  std::vector<fs::path> paths;
+  for (const MergeInput& input : toy.snapshots) paths.push_back(input.directory);
+  write_snapshot(toy.temp / "snapshots", 150, shift_at(5) + 0.5);
+  const std::vector<MergeInput> changed = open_inputs(paths, true);
+  PredictionRequest later = request;
+  later.snapshots = changed;
+  evaluations = 0;
+  const Prediction renewed = predict(later);
+  CHECK(evaluations > 0);
+  CHECK(evaluations < first.models_evaluated / 2);
+  later.known = nullptr;
+  CHECK(figures(renewed) == figures(predict(later)));
+  CHECK(figures(renewed).at("trail") != figures(other).at("trail"));
+
+  // Other held-out data share nothing.
+  const LossCache elsewhere(toy.temp / "predictions", {{"data", "b"}});
+  request.known = &elsewhere;
+  evaluations = 0;
+  CHECK(predict(request).models_known < 3);  // but what two predictors have in common
+  CHECK(evaluations > 20);
+}
+
+TEST_CASE("losses that were kept are read bit for bit, and a damaged file counts for nothing") {
+  const Toy toy;
+  const LossCache known(toy.temp / "predictions", {{"data", "a"}});
+  const std::vector<const MergeInput*> inputs{&toy.snapshots[1], &toy.snapshots[2]};
+  const std::vector<const MergeInput*> other_order{&toy.snapshots[2], &toy.snapshots[1]};
+  const std::vector<double> weights{0.3, 0.7}, nearly{0.3, std::nextafter(0.7, 1.0)};
+  const SequenceLosses losses = toy.evaluate();
+  CHECK_FALSE(known.find(inputs, weights).has_value());
+  known.store(inputs, weights, losses);
+  const std::optional<SequenceLosses> found = known.find(inputs, weights);
+  REQUIRE(found.has_value());
+  CHECK(found->nats == losses.nats);
+  CHECK(found->targets == losses.targets);
+  CHECK_FALSE(known.find(inputs, nearly).has_value());
+  CHECK_FALSE(known.find(other_order, weights).has_value());
+
+  const fs::path file = fs::directory_iterator(toy.temp / "predictions")->path();
+  std::fstream bytes(file, std::ios::in | std::ios::out | std::ios::binary);
+  bytes.seekp(static_cast<std::streamoff>(fs::file_size(file)) - 500);
+  bytes.put('x');
+  bytes.close();
+  CHECK_FALSE(known.find(inputs, weights).has_value());
+  fs::resize_file(file, 100);
+  CHECK_FALSE(known.find(inputs, weights).has_value());
+  known.store(inputs, weights, losses);
+  CHECK(known.find(inputs, weights).has_value());
+  const std::vector<MergeInput> unverified = open_inputs({toy.snapshots[1].directory}, false);
+  const MergeInput* const input = &unverified.front();
+  if (input->files.front().hash.empty())
+    CHECK_THROWS_WITH(known.find(std::span(&input, 1), std::span(weights).first(1)),
+                      ContainsSubstring("without verification"));
 }
 
 TEST_CASE("loss laws are fitted once a curve holds a decay, and predict from the last snapshot") {
