@@ -75,6 +75,8 @@ LowRankStep step_of(const LowRankAdamUpdate::Options& o) {
           .inside_square = 2 * k - k * k,
           .gamma = o.gamma,
           .residual = residual,
+          .rotate = o.rotate,
+          .rotation_step = kRotationStep,
           .seed = o.seed};
 }
 
@@ -120,14 +122,16 @@ class LowRankKernel final : public Kernel {
       t.low = static_cast<std::uint16_t*>(a.low.data);
       t.g = a.g.data;
       t.q = a.states[0].as<float>();
-      t.moment = a.states[1].as<float>();
-      t.square = a.states[2].as<float>();
+      t.moment = a.states[1].data;
+      t.square = a.states[2].data;
       t.limiter = a.states.size() > 3 ? a.states[3].as<float>() : nullptr;
       t.m = at.m;
       t.n = at.n;
       t.rank = at.rank;
       t.refresh_offset = static_cast<std::int32_t>(ops_[i]->schedule().offset);
       t.stream = stream_of(parameter.name.c_str());
+      t.moment_stream = stream_of((parameter.name + ".exp_avg").c_str());
+      t.square_stream = stream_of((parameter.name + ".exp_avg_sq").c_str());
       t.right = at.right;
       t.decay = parameter.decay;
       t.projected = cut(projected_bytes(at));
@@ -156,6 +160,7 @@ class LowRankKernel final : public Kernel {
                        .rank = layout_.largest.rank,
                        .multiprocessors = multiprocessors_,
                        .half_gradient = half_gradient_,
+                       .half_states = ops_.front()->options().states == StatePrecision::bf16,
                        .scalars = nodes.front().in[2].as<double>(),
                        .step = step_of(ops_.front()->options()),
                        .stream = stream_};
@@ -210,14 +215,12 @@ class LowRankKernel final : public Kernel {
 std::unique_ptr<Kernel> make_low_rank(const Nodes& nodes, Context& context) {
   require(nodes.inputs()[0].dtype == DType::bf16, "{}: weights of {}, expected bf16", nodes.node().op->name(),
           to_string(nodes.inputs()[0].dtype));
-  require(nodes.op<LowRankAdamUpdate>().options().projector == ProjectorKind::power,
-          "optimizer.projector: svd runs on the CPU alone; use power");
-  for (const StateSpec& state :
-       LowRankAdamUpdate::states(nodes.op<LowRankAdamUpdate>().parameter(), nodes.op<LowRankAdamUpdate>().options()))
-    require(state.spec.dtype == DType::f32,
-            "{}.{} of {}; set optimizer.states and projector_states to fp32, or train on "
-            "the CPU",
-            nodes.op<LowRankAdamUpdate>().parameter().name, state.name, to_string(state.spec.dtype));
+  const LowRankAdamUpdate::Options& o = nodes.op<LowRankAdamUpdate>().options();
+  require(o.projector == ProjectorKind::power, "optimizer.projector: svd runs on the CPU alone; use power");
+  require(o.states != StatePrecision::int8,
+          "optimizer.states: {} for low-rank moments runs on the CPU alone; use fp32 or bf16", to_string(o.states));
+  require(o.projector_states == StatePrecision::fp32, "optimizer.projector_states: {} runs on the CPU alone; use fp32",
+          to_string(o.projector_states));
   return std::make_unique<LowRankKernel>(nodes, context);
 }
 
@@ -229,5 +232,6 @@ OpEntry entry(std::string_view name) {
 
 OpEntry galore_entry() { return entry("galore_update"); }
 OpEntry fira_entry() { return entry("fira_update"); }
+OpEntry fira_plus_entry() { return entry("fira_plus_update"); }
 
 }  // namespace kiln::cuda

@@ -13,6 +13,26 @@ constexpr float kNormEps = 1e-8f;
 struct Moments {
   float b1, b2, c1, c2, eps, inside_square;
   bool residual;
+  std::uint64_t seed;
+};
+
+/// Eight elements of a state on their way, as they are stored.
+template <typename State>
+struct Eight {
+  uint4 bits[sizeof(State) / 2];
+  __device__ void load(const State* p) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(State) / 2); ++i) bits[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  __device__ Float8 values() const {
+    if constexpr (sizeof(State) == 2) {
+      return unpack({bits[0]});
+    } else {
+      const uint4 a = bits[0], b = bits[1];
+      return {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
+               __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
+    }
+  }
 };
 
 /// Eight elements' new moments; N and R as pairs take R's place. Returns the sums of the squares of N and of R.
@@ -33,6 +53,7 @@ __device__ float2 advance(Float8& m, Float8& v, const Float8& r, std::uint32_t (
 
 /// Vectors [piece.row, piece.row + piece.column) of one matrix. A thread loads all that it takes before it stores
 /// anything, 192 bytes: device memory then has enough to do. Sums of a vector are added by one warp in a fixed order.
+template <typename State>
 __global__ void __launch_bounds__(kThreads, 3)
     moments_of(const LowRankMatrix* matrices, const LowRankPiece* pieces, const double* scalars, Moments c) {
   __shared__ float2 sums[kMomentsGroups];  // by group: squares of N and of R
@@ -42,24 +63,29 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int groups_of_vector = t.rank / kEach, vectors = min(piece.column, t.vectors() - piece.row);
   const int groups = vectors * groups_of_vector, thread = static_cast<int>(threadIdx.x);
   const std::int64_t first = static_cast<std::int64_t>(piece.row) * t.rank;
-  float *const moment = t.moment + first, *const square = t.square + first, *const projected = t.projected + first;
-  Float8 m[kGroups], v[kGroups], r[kGroups];
+  State* const moment = static_cast<State*>(t.moment) + first;
+  State* const square = static_cast<State*>(t.square) + first;
+  float* const projected = t.projected + first;
+  const std::uint64_t key = rounding_seed(c.seed, scalars[static_cast<int>(Scalar::step)]);
+  Eight<State> stored_m[kGroups], stored_v[kGroups];
+  Float8 r[kGroups];
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const int group = thread + i * kThreads;
     if (group >= groups) break;
     r[i] = load_state(projected + group * kEach);
-    m[i] = load_state(moment + group * kEach);
-    v[i] = load_state(square + group * kEach);
+    stored_m[i].load(moment + group * kEach);
+    stored_v[i].load(square + group * kEach);
   }
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const int group = thread + i * kThreads;
     if (group >= groups) break;
     std::uint32_t pairs[kEach];
-    sums[group] = advance(m[i], v[i], r[i], pairs, c);
-    store_state(moment + group * kEach, m[i], 0, 0, 0);
-    store_state(square + group * kEach, v[i], 0, 0, 0);
+    Float8 m = stored_m[i].values(), v = stored_v[i].values();
+    sums[group] = advance(m, v, r[i], pairs, c);
+    store_state(moment + group * kEach, m, key, t.moment_stream, first / kEach + group);
+    store_state(square + group * kEach, v, key, t.square_stream, first / kEach + group);
     uint4* to = reinterpret_cast<uint4*>(projected + group * kEach);
     to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
@@ -107,9 +133,10 @@ void low_rank_moments(const LowRankTable& table) {
                   .c2 = static_cast<float>(1.0 - s.beta2),
                   .eps = static_cast<float>(s.eps),
                   .inside_square = static_cast<float>(s.inside_square),
-                  .residual = s.residual};
-  launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream}, moments_of, table.matrices,
-         table.pieces, table.scalars, c);
+                  .residual = s.residual,
+                  .seed = s.seed};
+  launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream},
+         table.half_states ? moments_of<bf16> : moments_of<float>, table.matrices, table.pieces, table.scalars, c);
 }
 
 void low_rank_limit(const LowRankTable& table) {

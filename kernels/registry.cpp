@@ -34,7 +34,8 @@ const std::vector<OpEntry>& entries() {
                                          gradient_norm_entry(),
                                          adam_entry(),
                                          galore_entry(),
-                                         fira_entry()};
+                                         fira_entry(),
+                                         fira_plus_entry()};
   return list;
 }
 
