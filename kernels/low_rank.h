@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-/// GaLore, Fira and Fira+ on the GPU: all matrices of a plan in a handful of launches, whatever their number.
+/// GaLore, Fira, Fira+ and APOLLO on the GPU: all matrices of a plan in a handful of launches, whatever their number.
 ///
 /// The long side of W [m,n] counts vectors (rows where m >= n, else columns), the short side is projected: with the
 /// basis Q [short, r], R = clip G Q for every vector, N = m / (sqrt(v) + eps) and phi = ||N|| / (||R|| + 1e-8), one
@@ -14,6 +14,7 @@
 ///              back        inside   outside           k of ||S||^2
 ///   GaLore     lr_t alpha  0        0
 ///   Fira       lr_t alpha  1        lr_t alpha (paper) or lr_t (reference)   1 or alpha
+///   APOLLO     0           0        lr_t sqrt(alpha)                         0
 namespace kiln::cuda {
 
 /// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.
@@ -34,7 +35,7 @@ struct LowRankMatrix {
   // workspace
   float* projected;                  // [long, r]: R, later N and R as pairs of bf16
   float *squares, *phi, *share;      // [long]: ||G_i||^2, phi_i, phi_i^2 times the residual's square
-  float* factor;                     // [1]: c
+  float* factor;                     // [3]: c; c outside clip and keep, for low_rank_scale
   std::uint16_t *basis, *direction;  // Q and N - inside c phi R in bf16, as panels: low_rank_panels.cuh
 
   __host__ __device__ std::int32_t vectors() const { return right ? m : n; }
@@ -81,12 +82,15 @@ std::size_t low_rank_panel_bytes(int rows, int columns);
 /// Q as panels. Pieces: 128 rows of Q each, row is the first.
 /// floor  6 bytes for each of short * r elements
 void low_rank_basis(const LowRankTable& table);
+/// The same of APOLLO's random projection (optim/apollo.h), which is stored nowhere else; `every` steps it changes.
+void low_rank_random_basis(const LowRankTable& table, int every);
 /// R and the squared norms of the vectors. Pieces: 128 vectors x low_rank_project_width(rank) of the rank; row is the
 /// first vector, column the first of the rank.
 /// floor  reads G: 4 bytes a parameter, 2 in bf16; 2 m n r FLOPs
 void low_rank_project(const LowRankTable& table);
 constexpr int low_rank_project_width(int largest_rank) { return largest_rank > 128 ? 256 : 128; }
-/// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs. Pieces: row is the first vector,
+/// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs where LowRankStep::back is not 0.
+/// Pieces: row is the first vector,
 /// column their count, a multiple of which covers whole blocks of 8 elements.
 /// floor  24 bytes for each of long * r elements, 16 with moments in bf16
 inline constexpr int kMomentsGroups = 512;  // of eight elements, in a piece
@@ -99,6 +103,10 @@ void low_rank_direction(const LowRankTable& table);
 /// W. Pieces: tiles of 128 x 128; those of the same vectors follow each other.
 /// floor  reads G, W, low and writes W, low: 12 bytes a parameter, 10 where G is bf16; 2 m n r FLOPs
 void low_rank_apply(const LowRankTable& table);
+/// W where back is 0: without a product. Pieces: kScaleGroups groups of eight elements, row is the first.
+/// floor  12 bytes a parameter, 10 where G is bf16
+inline constexpr int kScaleGroups = 1024;
+void low_rank_scale(const LowRankTable& table);
 
 /// Scratch of a refresh, of one matrix at a time.
 struct RefreshScratch {

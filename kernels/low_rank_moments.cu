@@ -12,27 +12,8 @@ constexpr float kNormEps = 1e-8f;
 
 struct Moments {
   float b1, b2, c1, c2, eps, inside_square;
-  bool residual;
+  bool residual, pairs;
   std::uint64_t seed;
-};
-
-/// Eight elements of a state on their way, as they are stored.
-template <typename State>
-struct Eight {
-  uint4 bits[sizeof(State) / 2];
-  __device__ void load(const State* p) {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(State) / 2); ++i) bits[i] = reinterpret_cast<const uint4*>(p)[i];
-  }
-  __device__ Float8 values() const {
-    if constexpr (sizeof(State) == 2) {
-      return unpack({bits[0]});
-    } else {
-      const uint4 a = bits[0], b = bits[1];
-      return {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
-               __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
-    }
-  }
 };
 
 /// Eight elements' new moments; N and R as pairs take R's place. Returns the sums of the squares of N and of R.
@@ -86,6 +67,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     sums[group] = advance(m, v, r[i], pairs, c);
     store_state(moment + group * kEach, m, key, t.moment_stream, first / kEach + group);
     store_state(square + group * kEach, v, key, t.square_stream, first / kEach + group);
+    if (!c.pairs) continue;
     uint4* to = reinterpret_cast<uint4*>(projected + group * kEach);
     to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
@@ -108,8 +90,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
+struct Limit {
+  double gamma, outside, beta1, beta2, weight_decay;
+  bool scale;  // low_rank_scale follows
+};
+
 /// One block a matrix. The limiter: optim/low_rank_adam.h.
-__global__ void __launch_bounds__(1024) limit(const LowRankMatrix* matrices, const double* scalars, double gamma) {
+__global__ void __launch_bounds__(1024) limit(const LowRankMatrix* matrices, const double* scalars, Limit c) {
   __shared__ double scratch[32];
   if (skipped(scalars)) return;
   const LowRankMatrix t = matrices[blockIdx.x];
@@ -118,9 +105,14 @@ __global__ void __launch_bounds__(1024) limit(const LowRankMatrix* matrices, con
   const double norm = sqrt(block_sum(mine, scratch));
   if (threadIdx.x != 0) return;
   const double previous = static_cast<double>(*t.limiter);
-  const double limit = previous > 0 ? fmax(norm / (previous + 1e-8), gamma) / gamma : 1.0;
+  const double limit = previous > 0 ? fmax(norm / (previous + 1e-8), c.gamma) / c.gamma : 1.0;
   *t.limiter = static_cast<float>(norm / limit);
   *t.factor = static_cast<float>(1.0 / limit);
+  if (!c.scale) return;
+  const double step = scalars[static_cast<int>(Scalar::step)], lr = scalars[static_cast<int>(Scalar::lr)];
+  const double rate = lr * sqrt(1.0 - pow(c.beta2, step)) / (1.0 - pow(c.beta1, step));
+  t.factor[1] = static_cast<float>(rate * c.outside * scalars[static_cast<int>(Scalar::clip_scale)] / limit);
+  t.factor[2] = t.decay ? static_cast<float>(1.0 - lr * c.weight_decay) : 1.0f;
 }
 
 }  // namespace
@@ -134,14 +126,22 @@ void low_rank_moments(const LowRankTable& table) {
                   .eps = static_cast<float>(s.eps),
                   .inside_square = static_cast<float>(s.inside_square),
                   .residual = s.residual,
+                  .pairs = s.back != 0,
                   .seed = s.seed};
   launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream},
          table.half_states ? moments_of<bf16> : moments_of<float>, table.matrices, table.pieces, table.scalars, c);
 }
 
 void low_rank_limit(const LowRankTable& table) {
+  const LowRankStep& s = table.step;
+  const Limit c{.gamma = s.gamma,
+                .outside = s.outside,
+                .beta1 = s.beta1,
+                .beta2 = s.beta2,
+                .weight_decay = s.weight_decay,
+                .scale = s.back == 0};
   launch({"low_rank_limit", static_cast<unsigned>(table.count), 1024, table.stream}, limit, table.matrices,
-         table.scalars, table.step.gamma);
+         table.scalars, c);
 }
 
 }  // namespace kiln::cuda

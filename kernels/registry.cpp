@@ -35,7 +35,8 @@ const std::vector<OpEntry>& entries() {
                                          adam_entry(),
                                          galore_entry(),
                                          fira_entry(),
-                                         fira_plus_entry()};
+                                         fira_plus_entry(),
+                                         apollo_entry()};
   return list;
 }
 
