@@ -96,6 +96,8 @@ OpEntry adam_entry();
 OpEntry adam8bit_entry();
 OpEntry galore_entry();
 OpEntry fira_entry();
+OpEntry fira_plus_entry();
+OpEntry apollo_entry();
 
 /// The entry for a node, pairs first; null when the GPU has none.
 const OpEntry* find_entry(const Plan& plan, std::size_t node, NodeGroup& group);

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-/// GaLore and Fira on the GPU: all matrices of a plan in a handful of launches, whatever their number.
+/// GaLore, Fira, Fira+ and APOLLO on the GPU: all matrices of a plan in a handful of launches, whatever their number.
 ///
 /// The long side of W [m,n] counts vectors (rows where m >= n, else columns), the short side is projected: with the
 /// basis Q [short, r], R = clip G Q for every vector, N = m / (sqrt(v) + eps) and phi = ||N|| / (||R|| + 1e-8), one
@@ -14,26 +14,28 @@
 ///              back        inside   outside           k of ||S||^2
 ///   GaLore     lr_t alpha  0        0
 ///   Fira       lr_t alpha  1        lr_t alpha (paper) or lr_t (reference)   1 or alpha
+///   APOLLO     0           0        lr_t sqrt(alpha)                         0
 namespace kiln::cuda {
 
 /// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.
 struct LowRankMatrix {
-  CUtensorMap gradient;    // of g: low_rank_gradient_map
-  std::uint16_t* w;        // bf16 [m,n]
-  std::uint16_t* low;      // lower halves of the f32 masters; null: stochastic rounding
-  const void* g;           // [m,n] f32 or bf16: LowRankTable::half_gradient
-  float* q;                // [short, r]
-  float *moment, *square;  // [long, r]
-  float* limiter;          // [1]
+  CUtensorMap gradient;   // of g: low_rank_gradient_map
+  std::uint16_t* w;       // bf16 [m,n]
+  std::uint16_t* low;     // lower halves of the f32 masters; null: stochastic rounding
+  const void* g;          // [m,n] f32 or bf16: LowRankTable::half_gradient
+  float* q;               // [short, r]
+  void *moment, *square;  // [long, r] f32 or bf16: LowRankTable::half_states
+  float* limiter;         // [1]
   std::int32_t m, n, rank;
   std::int32_t refresh_offset;  // of (step - 1) mod refresh
   std::uint64_t stream;         // of random numbers
-  bool right;                   // vectors are rows
+  std::uint64_t moment_stream, square_stream;
+  bool right;  // vectors are rows
   bool decay;
   // workspace
   float* projected;                  // [long, r]: R, later N and R as pairs of bf16
   float *squares, *phi, *share;      // [long]: ||G_i||^2, phi_i, phi_i^2 times the residual's square
-  float* factor;                     // [1]: c
+  float* factor;                     // [3]: c; c outside clip and keep, for low_rank_scale
   std::uint16_t *basis, *direction;  // Q and N - inside c phi R in bf16, as panels: low_rank_panels.cuh
 
   __host__ __device__ std::int32_t vectors() const { return right ? m : n; }
@@ -47,7 +49,9 @@ struct LowRankStep {
   double inside;         // 1: the part of the residual inside the subspace is taken out through R
   double inside_square;  // 2k - k^2: what it takes from the residual's square
   double gamma;
-  bool residual;  // S exists
+  bool residual;               // S exists
+  bool rotate;                 // moments follow a new basis
+  std::int64_t rotation_step;  // added to the step where a rotation draws random bits
   std::uint64_t seed;
 };
 
@@ -64,6 +68,7 @@ struct LowRankTable {
   int rank;   // the largest
   int multiprocessors;
   bool half_gradient;  // G of all matrices is bf16, else f32
+  bool half_states;    // the moments are, rounded stochastically as optim/state_codec.h says
   const double* scalars;
   LowRankStep step;
   cudaStream_t stream;
@@ -77,14 +82,17 @@ std::size_t low_rank_panel_bytes(int rows, int columns);
 /// Q as panels. Pieces: 128 rows of Q each, row is the first.
 /// floor  6 bytes for each of short * r elements
 void low_rank_basis(const LowRankTable& table);
+/// The same of APOLLO's random projection (optim/apollo.h), which is stored nowhere else; `every` steps it changes.
+void low_rank_random_basis(const LowRankTable& table, int every);
 /// R and the squared norms of the vectors. Pieces: 128 vectors x low_rank_project_width(rank) of the rank; row is the
 /// first vector, column the first of the rank.
 /// floor  reads G: 4 bytes a parameter, 2 in bf16; 2 m n r FLOPs
 void low_rank_project(const LowRankTable& table);
 constexpr int low_rank_project_width(int largest_rank) { return largest_rank > 128 ? 256 : 128; }
-/// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs. Pieces: row is the first vector,
+/// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs where LowRankStep::back is not 0.
+/// Pieces: row is the first vector,
 /// column their count, a multiple of which covers whole blocks of 8 elements.
-/// floor  24 bytes for each of long * r elements
+/// floor  24 bytes for each of long * r elements, 16 with moments in bf16
 inline constexpr int kMomentsGroups = 512;  // of eight elements, in a piece
 void low_rank_moments(const LowRankTable& table);
 /// The limiter's factor and its norm, one block a matrix; `count` is the number of matrices.
@@ -95,6 +103,10 @@ void low_rank_direction(const LowRankTable& table);
 /// W. Pieces: tiles of 128 x 128; those of the same vectors follow each other.
 /// floor  reads G, W, low and writes W, low: 12 bytes a parameter, 10 where G is bf16; 2 m n r FLOPs
 void low_rank_apply(const LowRankTable& table);
+/// W where back is 0: without a product. Pieces: kScaleGroups groups of eight elements, row is the first.
+/// floor  12 bytes a parameter, 10 where G is bf16
+inline constexpr int kScaleGroups = 1024;
+void low_rank_scale(const LowRankTable& table);
 
 /// Scratch of a refresh, of one matrix at a time.
 struct RefreshScratch {
@@ -119,7 +131,8 @@ std::size_t refresh_scratch_bytes(int vectors, int side, int rank);
 RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank);
 /// New bases of the matrices that are due at this step, one after another, each by all multiprocessors: block power
 /// iteration, and CholeskyQR in f64. One launch, which ends at once when none is due. `count` is the number of
-/// matrices. A gradient that has no subspace of this rank leaves its basis.
+/// matrices. A gradient that has no subspace of this rank leaves its basis. With LowRankStep::rotate the moments turn
+/// with a basis that was warm.
 void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options);
 
 }  // namespace kiln::cuda

@@ -1,6 +1,7 @@
 #include "kernels/launch.cuh"
 #include "kernels/low_rank.cuh"
 #include "kernels/low_rank_panels.cuh"
+#include "kernels/philox.cuh"
 #include "kernels/split_master.cuh"
 #include "kernels/vector.cuh"
 
@@ -13,10 +14,10 @@ constexpr int kThreads = 256;
 
 /// Writes a panel [128, columns] of a matrix of `rows`: element(row, column) gives eight numbers. Neighbouring threads
 /// take neighbouring chunks of a row.
-template <typename F>
+template <int kUnroll = 4, typename F>
 __device__ void fill_panel(std::uint16_t* panels, int first, int rows, int columns, bool permute, F&& element) {
   const int chunks = panel_parts(columns) * (kPanelColumns / 8);
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int i = static_cast<int>(threadIdx.x); i < kPanelRows * chunks; i += kThreads) {
     const int row = first + i / chunks, chunk = i % chunks;
     const bool inside = row < rows && chunk * 8 < columns;
@@ -36,6 +37,26 @@ __global__ void __launch_bounds__(kThreads)
   const int rank = t.rank;
   fill_panel(t.basis, piece.row, t.side(), rank, t.right,
              [&](int row, int column) { return load_state(q + static_cast<std::int64_t>(row) * rank + column); });
+}
+
+/// P of this step: optim/apollo.h.
+__global__ void __launch_bounds__(kThreads) random_basis_of(const LowRankMatrix* matrices, const LowRankPiece* pieces,
+                                                            const double* scalars, int every, std::uint64_t seed) {
+  if (skipped(scalars)) return;
+  const LowRankPiece piece = pieces[blockIdx.x];
+  const LowRankMatrix& t = matrices[piece.matrix];
+  const int rank = t.rank;
+  const float deviation = rsqrtf(static_cast<float>(rank));
+  const auto done = static_cast<std::int64_t>(scalars[static_cast<int>(Scalar::step)]) - 1;
+  const std::uint64_t epoch = static_cast<std::uint64_t>((done + (every - t.refresh_offset) % every) / every);
+  const std::uint64_t stream = t.stream + epoch;
+  fill_panel<1>(t.basis, piece.row, t.side(), rank, t.right, [&](int row, int column) {
+    const std::uint64_t first = static_cast<std::uint64_t>(row) * static_cast<std::uint64_t>(rank) + column;
+    Float8 x;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x.v[j] = deviation * normal(philox(seed, stream, first + j));
+    return x;
+  });
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -67,6 +88,11 @@ std::size_t low_rank_panel_bytes(int rows, int columns) {
 void low_rank_basis(const LowRankTable& table) {
   launch({"low_rank_basis", static_cast<unsigned>(table.count), kThreads, table.stream}, basis_of, table.matrices,
          table.pieces, table.scalars);
+}
+
+void low_rank_random_basis(const LowRankTable& table, int every) {
+  launch({"low_rank_random_basis", static_cast<unsigned>(table.count), kThreads, table.stream}, random_basis_of,
+         table.matrices, table.pieces, table.scalars, every, table.step.seed);
 }
 
 void low_rank_direction(const LowRankTable& table) {

@@ -12,7 +12,8 @@ constexpr float kNormEps = 1e-8f;
 
 struct Moments {
   float b1, b2, c1, c2, eps, inside_square;
-  bool residual;
+  bool residual, pairs;
+  std::uint64_t seed;
 };
 
 /// Eight elements' new moments; N and R as pairs take R's place. Returns the sums of the squares of N and of R.
@@ -33,6 +34,7 @@ __device__ float2 advance(Float8& m, Float8& v, const Float8& r, std::uint32_t (
 
 /// Vectors [piece.row, piece.row + piece.column) of one matrix. A thread loads all that it takes before it stores
 /// anything, 192 bytes: device memory then has enough to do. Sums of a vector are added by one warp in a fixed order.
+template <typename State>
 __global__ void __launch_bounds__(kThreads, 3)
     moments_of(const LowRankMatrix* matrices, const LowRankPiece* pieces, const double* scalars, Moments c) {
   __shared__ float2 sums[kMomentsGroups];  // by group: squares of N and of R
@@ -42,24 +44,30 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int groups_of_vector = t.rank / kEach, vectors = min(piece.column, t.vectors() - piece.row);
   const int groups = vectors * groups_of_vector, thread = static_cast<int>(threadIdx.x);
   const std::int64_t first = static_cast<std::int64_t>(piece.row) * t.rank;
-  float *const moment = t.moment + first, *const square = t.square + first, *const projected = t.projected + first;
-  Float8 m[kGroups], v[kGroups], r[kGroups];
+  State* const moment = static_cast<State*>(t.moment) + first;
+  State* const square = static_cast<State*>(t.square) + first;
+  float* const projected = t.projected + first;
+  const std::uint64_t key = rounding_seed(c.seed, scalars[static_cast<int>(Scalar::step)]);
+  Eight<State> stored_m[kGroups], stored_v[kGroups];
+  Float8 r[kGroups];
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const int group = thread + i * kThreads;
     if (group >= groups) break;
     r[i] = load_state(projected + group * kEach);
-    m[i] = load_state(moment + group * kEach);
-    v[i] = load_state(square + group * kEach);
+    stored_m[i].load(moment + group * kEach);
+    stored_v[i].load(square + group * kEach);
   }
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const int group = thread + i * kThreads;
     if (group >= groups) break;
     std::uint32_t pairs[kEach];
-    sums[group] = advance(m[i], v[i], r[i], pairs, c);
-    store_state(moment + group * kEach, m[i], 0, 0, 0);
-    store_state(square + group * kEach, v[i], 0, 0, 0);
+    Float8 m = stored_m[i].values(), v = stored_v[i].values();
+    sums[group] = advance(m, v, r[i], pairs, c);
+    store_state(moment + group * kEach, m, key, t.moment_stream, first / kEach + group);
+    store_state(square + group * kEach, v, key, t.square_stream, first / kEach + group);
+    if (!c.pairs) continue;
     uint4* to = reinterpret_cast<uint4*>(projected + group * kEach);
     to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
@@ -82,8 +90,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
+struct Limit {
+  double gamma, outside, beta1, beta2, weight_decay;
+  bool scale;  // low_rank_scale follows
+};
+
 /// One block a matrix. The limiter: optim/low_rank_adam.h.
-__global__ void __launch_bounds__(1024) limit(const LowRankMatrix* matrices, const double* scalars, double gamma) {
+__global__ void __launch_bounds__(1024) limit(const LowRankMatrix* matrices, const double* scalars, Limit c) {
   __shared__ double scratch[32];
   if (skipped(scalars)) return;
   const LowRankMatrix t = matrices[blockIdx.x];
@@ -92,9 +105,14 @@ __global__ void __launch_bounds__(1024) limit(const LowRankMatrix* matrices, con
   const double norm = sqrt(block_sum(mine, scratch));
   if (threadIdx.x != 0) return;
   const double previous = static_cast<double>(*t.limiter);
-  const double limit = previous > 0 ? fmax(norm / (previous + 1e-8), gamma) / gamma : 1.0;
+  const double limit = previous > 0 ? fmax(norm / (previous + 1e-8), c.gamma) / c.gamma : 1.0;
   *t.limiter = static_cast<float>(norm / limit);
   *t.factor = static_cast<float>(1.0 / limit);
+  if (!c.scale) return;
+  const double step = scalars[static_cast<int>(Scalar::step)], lr = scalars[static_cast<int>(Scalar::lr)];
+  const double rate = lr * sqrt(1.0 - pow(c.beta2, step)) / (1.0 - pow(c.beta1, step));
+  t.factor[1] = static_cast<float>(rate * c.outside * scalars[static_cast<int>(Scalar::clip_scale)] / limit);
+  t.factor[2] = t.decay ? static_cast<float>(1.0 - lr * c.weight_decay) : 1.0f;
 }
 
 }  // namespace
@@ -107,14 +125,23 @@ void low_rank_moments(const LowRankTable& table) {
                   .c2 = static_cast<float>(1.0 - s.beta2),
                   .eps = static_cast<float>(s.eps),
                   .inside_square = static_cast<float>(s.inside_square),
-                  .residual = s.residual};
-  launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream}, moments_of, table.matrices,
-         table.pieces, table.scalars, c);
+                  .residual = s.residual,
+                  .pairs = s.back != 0,
+                  .seed = s.seed};
+  launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream},
+         table.half_states ? moments_of<bf16> : moments_of<float>, table.matrices, table.pieces, table.scalars, c);
 }
 
 void low_rank_limit(const LowRankTable& table) {
+  const LowRankStep& s = table.step;
+  const Limit c{.gamma = s.gamma,
+                .outside = s.outside,
+                .beta1 = s.beta1,
+                .beta2 = s.beta2,
+                .weight_decay = s.weight_decay,
+                .scale = s.back == 0};
   launch({"low_rank_limit", static_cast<unsigned>(table.count), 1024, table.stream}, limit, table.matrices,
-         table.scalars, table.step.gamma);
+         table.scalars, c);
 }
 
 }  // namespace kiln::cuda

@@ -2,6 +2,7 @@
 
 #include "kernels/launch.cuh"
 #include "kernels/low_rank_cholesky.cuh"
+#include "kernels/low_rank_rotate.cuh"
 #include "kernels/philox.cuh"
 
 /// New bases: Q <- orth(G' (G Q)), twice. Everything happens in one cooperative launch, whose blocks share out the
@@ -10,7 +11,7 @@
 ///
 /// Operands of the power iteration are rounded to bf16. That disturbs the gradient by 2^-9 of each element, and the
 /// energy of the subspace only to second order. The columns are made orthonormal from an f64 Gram matrix, with operands
-/// split in two bf16.
+/// split in two bf16. Moments that follow the basis turn in the same launch, right after it.
 namespace kiln::cuda {
 namespace {
 
@@ -35,24 +36,23 @@ __device__ int product_splits(int tiles, int depth, int blocks) {
   return best;
 }
 
-/// out [rows, rank] = A [rows, depth] b [depth, rank]; A is g [m, n] or its transpose. Ends with a barrier.
-template <typename G, Contiguous kOrder>
-__device__ void multiply(const LowRankMatrix& t, int rows, int depth, const float* b, float* out,
-                         const RefreshScratch& s, Grid& grid, bf16* shared) {
-  const int rank = t.rank, columns = (rank + kTile - 1) / kTile, tiles = (rows + kTile - 1) / kTile * columns;
+/// out [rows, columns] = A [rows, depth] B [depth, columns]. a(row) and b(column) make the fetches of the operands
+/// whose first row, or column, that is; B's columns lie next to each other. Ends with a barrier.
+template <Contiguous kOrder, bool kSplit, typename A, typename B>
+__device__ void multiply(int rows, int columns, int depth, const A& a, const B& b, float* out, const RefreshScratch& s,
+                         Grid& grid, bf16* shared) {
+  const int across = (columns + kTile - 1) / kTile, tiles = (rows + kTile - 1) / kTile * across;
   const int splits = product_splits(tiles, depth, grid.blocks());
   const int length = (depth + splits * kTileDepth - 1) / (splits * kTileDepth) * kTileDepth;
-  const std::int64_t elements = static_cast<std::int64_t>(rows) * rank;
+  const std::int64_t elements = static_cast<std::int64_t>(rows) * columns;
   for (int item = grid.block(); item < tiles * splits; item += grid.blocks()) {
-    const int split = item / tiles, tile = item % tiles, row = tile / columns * kTile, column = tile % columns * kTile;
+    const int split = item / tiles, tile = item % tiles, row = tile / across * kTile, column = tile % across * kTile;
     float* to = splits == 1 ? out : s.parts + split * elements;
-    TileProduct<kOrder, Contiguous::rows, false> product;
-    product.run(split * length, min(depth, (split + 1) * length), shared,
-                MatrixFetch<kOrder, G>(static_cast<const G*>(t.g), t.m, t.n, row),
-                MatrixFetch<Contiguous::rows>(b, depth, rank, column));
+    TileProduct<kOrder, Contiguous::rows, kSplit> product;
+    product.run(split * length, min(depth, (split + 1) * length), shared, a(row), b(column));
     product.visit([&](int i, int j, float x, float y) {
-      if (row + i < rows && column + j < rank)
-        *reinterpret_cast<float2*>(to + static_cast<std::int64_t>(row + i) * rank + column + j) = make_float2(x, y);
+      if (row + i < rows && column + j < columns)
+        *reinterpret_cast<float2*>(to + static_cast<std::int64_t>(row + i) * columns + column + j) = make_float2(x, y);
     });
   }
   grid.wait();
@@ -67,6 +67,16 @@ __device__ void multiply(const LowRankMatrix& t, int rows, int depth, const floa
     *reinterpret_cast<float4*>(out + e) = sum;
   }
   grid.wait();
+}
+
+/// out [rows, rank] = A [rows, depth] b [depth, rank]; A is g [m, n] or its transpose. Ends with a barrier.
+template <typename G, Contiguous kOrder>
+__device__ void multiply_gradient(const LowRankMatrix& t, int rows, int depth, const float* b, float* out,
+                                  const RefreshScratch& s, Grid& grid, bf16* shared) {
+  const int rank = t.rank;
+  multiply<kOrder, false>(
+      rows, rank, depth, [&](int row) { return MatrixFetch<kOrder, G>(static_cast<const G*>(t.g), t.m, t.n, row); },
+      [&](int column) { return MatrixFetch<Contiguous::rows>(b, depth, rank, column); }, out, s, grid, shared);
 }
 
 /// out = x T' or x - x T', x [rows, rank], T = s.triangle, lower. Ends with a barrier.
@@ -125,45 +135,67 @@ __device__ bool orthonormalise(RefreshScratch& s, int rows, int rank, bool last,
   }
 }
 
-template <typename G>
-__device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, int passes, bool cold, std::uint64_t seed,
-                            Grid& grid, unsigned char* shared) {
+/// The moments turn from t.q to the basis in s.basis, which takes its place. Ends with a barrier.
+__device__ void turn_moments(const LowRankMatrix& t, const RefreshScratch& s, double done, const LowRankStep& step,
+                             bool half, Grid& grid, bf16* shared) {
+  const int side = t.side(), rank = t.rank;
+  float* turn = s.triangle;
+  multiply<Contiguous::rows, true>(
+      rank, rank, side, [&](int row) { return MatrixFetch<Contiguous::rows>(t.q, side, rank, row); },
+      [&](int column) { return MatrixFetch<Contiguous::rows>(s.basis, side, rank, column); }, turn, s, grid, shared);
+  if (half)
+    rotate_moments<bf16>(t, turn, done, step, s.inner, t.projected, grid, shared);
+  else
+    rotate_moments<float>(t, turn, done, step, s.inner, t.projected, grid, shared);
+  const std::int64_t elements = static_cast<std::int64_t>(side) * rank;
+  for (std::int64_t e = grid.thread() * 4; e < elements; e += grid.threads() * 4)
+    *reinterpret_cast<float4*>(t.q + e) = *reinterpret_cast<const float4*>(s.basis + e);
+  grid.wait();
+}
+
+/// `done` steps came before.
+template <typename G, bool kRotate>
+__device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, const RefreshPasses& options, double done,
+                            const LowRankStep& step, bool half_states, Grid& grid, unsigned char* shared) {
   const int side = t.side(), vectors = t.vectors();
   bf16* operands = reinterpret_cast<bf16*>(shared);
+  const bool cold = done == 0, rotate = kRotate && !cold;
   if (cold) {
     const std::int64_t elements = static_cast<std::int64_t>(side) * t.rank;
     for (std::int64_t e = grid.thread(); e < elements; e += grid.threads())
-      s.outer[e] = normal(philox(seed, t.stream, static_cast<std::uint64_t>(e)));
+      s.outer[e] = normal(philox(step.seed, t.stream, static_cast<std::uint64_t>(e)));
     grid.wait();
     orthonormalise(s, side, t.rank, true, t.q, grid, shared);
   }
   const float* q = t.q;
+  const int passes = cold ? options.cold_passes : options.passes;
   for (int pass = 0; pass < passes; ++pass) {
     if (t.right) {
-      multiply<G, Contiguous::depth>(t, vectors, side, q, s.inner, s, grid, operands);
-      multiply<G, Contiguous::rows>(t, side, vectors, s.inner, s.outer, s, grid, operands);
+      multiply_gradient<G, Contiguous::depth>(t, vectors, side, q, s.inner, s, grid, operands);
+      multiply_gradient<G, Contiguous::rows>(t, side, vectors, s.inner, s.outer, s, grid, operands);
     } else {
-      multiply<G, Contiguous::rows>(t, vectors, side, q, s.inner, s, grid, operands);
-      multiply<G, Contiguous::depth>(t, side, vectors, s.inner, s.outer, s, grid, operands);
+      multiply_gradient<G, Contiguous::rows>(t, vectors, side, q, s.inner, s, grid, operands);
+      multiply_gradient<G, Contiguous::depth>(t, side, vectors, s.inner, s.outer, s, grid, operands);
     }
     const bool last = pass + 1 == passes;
-    if (!orthonormalise(s, side, t.rank, last, last ? t.q : s.basis, grid, shared)) return;
+    if (!orthonormalise(s, side, t.rank, last, last && !rotate ? t.q : s.basis, grid, shared)) return;
     q = s.basis;
   }
+  if constexpr (kRotate)
+    if (rotate) turn_moments(t, s, done, step, half_states, grid, operands);
 }
 
-template <typename G>
+template <typename G, bool kRotate>
 __global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
     refresh(const LowRankMatrix* matrices, int count, const double* scalars, RefreshScratch scratch,
-            RefreshPasses options, std::uint64_t seed) {
+            RefreshPasses options, LowRankStep step, bool half_states) {
   extern __shared__ __align__(128) unsigned char memory[];
   if (skipped(scalars)) return;
-  const auto done = static_cast<std::int64_t>(scalars[static_cast<int>(Scalar::step)]) - 1;
+  const double done = scalars[static_cast<int>(Scalar::step)] - 1;
   Grid grid(scratch.barrier);
   for (int i = 0; i < count; ++i) {
-    if (done != 0 && done % options.every != matrices[i].refresh_offset) continue;
-    refresh_one<G>(matrices[i], scratch, done == 0 ? options.cold_passes : options.passes, done == 0, seed, grid,
-                   memory);
+    if (done != 0 && static_cast<std::int64_t>(done) % options.every != matrices[i].refresh_offset) continue;
+    refresh_one<G, kRotate>(matrices[i], scratch, options, done, step, half_states, grid, memory);
   }
 }
 
@@ -190,12 +222,13 @@ void visit_scratch(RefreshScratch& s, int vectors, int side, int rank, F&& visit
   visit(s.triangle, r * r * sizeof(float));
 }
 
-template <typename G>
+template <typename G, bool kRotate>
 void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
   static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
+  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::rows, true>::kSharedBytes);
   static_assert(kSharedBytes >= kCholeskyBytes);
   static const bool allowed [[maybe_unused]] = [] {
-    check_cuda(cudaFuncSetAttribute(refresh<G>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+    check_cuda(cudaFuncSetAttribute(refresh<G, kRotate>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "cudaFuncSetAttribute");
     return true;
   }();
@@ -210,8 +243,8 @@ void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, co
   config.stream = table.stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, refresh<G>, table.matrices, table.count, table.scalars, scratch, options,
-                                table.step.seed),
+  check_cuda(cudaLaunchKernelEx(&config, refresh<G, kRotate>, table.matrices, table.count, table.scalars, scratch,
+                                options, table.step, table.half_states),
              "low_rank_refresh");
 }
 
@@ -237,7 +270,11 @@ RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank
 }
 
 void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
-  table.half_gradient ? launch_refresh<bf16>(table, scratch, options) : launch_refresh<float>(table, scratch, options);
+  auto launch_for = [&]<typename G>() {
+    table.step.rotate ? launch_refresh<G, true>(table, scratch, options)
+                      : launch_refresh<G, false>(table, scratch, options);
+  };
+  table.half_gradient ? launch_for.operator()<bf16>() : launch_for.operator()<float>();
 }
 
 }  // namespace kiln::cuda

@@ -35,7 +35,9 @@ const std::vector<OpEntry>& entries() {
                                          adam_entry(),
                                          adam8bit_entry(),
                                          galore_entry(),
-                                         fira_entry()};
+                                         fira_entry(),
+                                         fira_plus_entry(),
+                                         apollo_entry()};
   return list;
 }
 

@@ -9,9 +9,6 @@
 namespace kiln {
 namespace {
 
-// Sets the random bits of moments that a rotation rounds apart from those of the same step's update.
-constexpr std::int64_t kRotationStep = std::int64_t{1} << 40;
-
 StateStore projector_store(const Parameter& parameter, const LowRankAdamUpdate::Options& o) {
   return StateStore(parameter, {.name = "projector",
                                 .shape = LowRankShape(parameter.shape, o.rank).basis_shape(),

@@ -84,6 +84,10 @@ class LowRankAdamUpdate final : public UpdateOp {
   Moments moments_;
 };
 
+/// What a rotation adds to the step where it draws the random bits of moments that it rounds: apart from those of the
+/// same step's update.
+inline constexpr std::int64_t kRotationStep = std::int64_t{1} << 40;
+
 /// GaLore, Fira or Fira+ on the layers' linear weights, Adam (GaLore's form) on the rest; with Fira+ its states of
 /// embedding and head are int8.
 std::unique_ptr<Optimizer> make_low_rank_adam(const OptimizerOptions& options);

@@ -85,8 +85,6 @@ void check_supported(const Config& config) {
   if (gpu && optimizer.kind == OptimizerKind::fira_plus)
     refuse("optimizer.kind: fira+ on a GPU", "optimizer.kind: fira, or run.device: cpu");
   const bool low_rank = optimizer.kind == OptimizerKind::galore || optimizer.kind == OptimizerKind::fira;
-  if (gpu && low_rank && optimizer.states != StatePrecision::fp32)
-    refuse("optimizer.states other than fp32 for galore and fira on a GPU", "fp32, or run.device: cpu");
   if (gpu && low_rank && optimizer.projector == ProjectorKind::svd)
     refuse("optimizer.projector: svd on a GPU", "power, or run.device: cpu");
   if (gpu && optimizer.projector_states != StatePrecision::fp32)

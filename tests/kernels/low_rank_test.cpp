@@ -93,6 +93,25 @@ struct Family {
   }
 };
 
+/// The values of a state of f32 or bf16.
+std::vector<float> values_of(const DeviceArray& state) {
+  if (state.view().dtype() == DType::f32) return state.get<float>();
+  std::vector<float> values;
+  for (const bfloat16 x : state.get<bfloat16>()) values.push_back(to_float(x));
+  return values;
+}
+/// Sets a state, rounded to what it holds; returns that.
+std::vector<float> set_values(const DeviceArray& state, const std::vector<float>& values) {
+  if (state.view().dtype() == DType::f32) {
+    state.set(values);
+  } else {
+    std::vector<bfloat16> halves;
+    for (const float x : values) halves.push_back(to_bfloat16(x));
+    state.set(halves);
+  }
+  return values_of(state);
+}
+
 /// A decaying spectrum with noise, so that there is a subspace to find and a residual.
 std::vector<float> gradient_of(const Shape& shape, std::size_t matrix, int step) {
   const std::uint64_t seed = 100 * matrix + 7;
@@ -115,6 +134,16 @@ Matrix as_matrix(const std::vector<float>& values, std::int64_t rows, std::int64
       .cast<double>();
 }
 
+/// Orthonormal columns, drawn from a seed.
+std::vector<float> random_basis(const Shape& shape, std::uint64_t seed) {
+  const Matrix random = as_matrix(normals(shape.numel(), seed, 1), shape[0], shape[1]);
+  const Matrix basis =
+      Eigen::HouseholderQR<Eigen::MatrixXd>(random).householderQ() * Eigen::MatrixXd::Identity(shape[0], shape[1]);
+  std::vector<float> values;
+  for (std::int64_t e = 0; e < shape.numel(); ++e) values.push_back(static_cast<float>(basis.data()[e]));
+  return values;
+}
+
 OptimizerOptions options_of(OptimizerKind kind, std::int64_t rank) {
   return {.kind = kind, .eps = 1e-6, .weight_decay = 0.1, .rank = rank, .refresh = 50};
 }
@@ -123,20 +152,17 @@ OptimizerOptions options_of(OptimizerKind kind, std::int64_t rank) {
 void check_steps(Backend& gpu, const OptimizerOptions& options, DType gradients, int steps, double limit,
                  const std::vector<Shape>& shapes = kShapes) {
   Family device(gpu, options, gradients, shapes), host(cpu_backend(), options, gradients, shapes);
-  CHECK(device.executor->packing().groups.size() == 1);  // all in one kernel's launches
+  CHECK(device.executor->packing().groups.size() == 1);                      // all in one kernel's launches
+  const std::size_t stored = options.kind == OptimizerKind::apollo ? 0 : 1;  // states that hold a basis
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     const std::vector<float> start = normals(shapes[i].numel(), i + 1, 0.02);
     device.set_weights(i, start);
     host.set_weights(i, start);
     // A basis that is orthonormal and not the dominant one, the same on both.
-    const Shape q = host.states[i][0].view().shape();
-    const Matrix random = as_matrix(normals(q.numel(), i + 50, 1), q[0], q[1]);
-    const Matrix basis =
-        Eigen::HouseholderQR<Eigen::MatrixXd>(random).householderQ() * Eigen::MatrixXd::Identity(q[0], q[1]);
-    std::vector<float> values;
-    for (std::int64_t e = 0; e < q.numel(); ++e) values.push_back(static_cast<float>(basis.data()[e]));
-    device.states[i][0].set(values);
-    host.states[i][0].set(values);
+    if (stored == 0) continue;
+    const std::vector<float> basis = random_basis(host.states[i][0].view().shape(), i + 50);
+    device.states[i][0].set(basis);
+    host.states[i][0].set(basis);
   }
   for (int step = 2; step < 2 + steps; ++step) {
     for (std::size_t i = 0; i < shapes.size(); ++i) {
@@ -157,8 +183,8 @@ void check_steps(Backend& gpu, const OptimizerOptions& options, DType gradients,
     INFO(to_string(options.kind) << " of rank " << options.rank << ", " << shapes[i].str() << ", gradients of "
                                  << to_string(gradients));
     CHECK(relative_error({found.begin(), found.end()}, {expected.begin(), expected.end()}) <= limit);
-    for (std::size_t s = 1; s < device.states[i].size(); ++s) {
-      const std::vector<float> a = device.states[i][s].get<float>(), b = host.states[i][s].get<float>();
+    for (std::size_t s = stored; s < device.states[i].size(); ++s) {
+      const std::vector<float> a = values_of(device.states[i][s]), b = values_of(host.states[i][s]);
       CHECK(relative_error({a.begin(), a.end()}, {b.begin(), b.end()}) <= limit);
     }
   }
@@ -175,6 +201,117 @@ TEST_CASE("GaLore and Fira on the GPU follow the CPU's f32", "[gpu]") {
       check_steps(*gpu, options, gradients, 5, 1e-2);
     }
   }
+}
+
+TEST_CASE("moments in bf16 on the GPU are rounded by the CPU's draws", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const OptimizerKind kind : {OptimizerKind::galore, OptimizerKind::fira, OptimizerKind::fira_plus}) {
+    OptimizerOptions options = options_of(kind, 40);
+    options.states = StatePrecision::bf16;
+    check_steps(*gpu, options, DType::f32, 5, 2e-2);  // numbers that differ by 2^-9 round apart now and then, by 2^-8
+    // Of a basis of unit vectors, products and first moments are the same bits on both.
+    Family device(*gpu, options, DType::bf16), host(cpu_backend(), options, DType::bf16);
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      const Shape shape = host.states[i][0].view().shape();
+      std::vector<float> basis(static_cast<std::size_t>(shape.numel()));
+      for (std::int64_t j = 0; j < shape[1]; ++j) basis[static_cast<std::size_t>(j * shape[1] + j)] = 1;
+      for (Family* each : {&device, &host}) {
+        each->states[i][0].set(basis);
+        each->set_gradient(i, gradient_of(kShapes[i], i, 2));
+        each->set_weights(i, normals(kShapes[i].numel(), i + 1, 0.02));
+      }
+    }
+    device.step(2);
+    host.step(2);
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      INFO(to_string(kind) << " " << kShapes[i].str());
+      CHECK(values_of(device.states[i][1]) == values_of(host.states[i][1]));
+      CHECK(values_of(device.states[i][2]) == values_of(host.states[i][2]));
+    }
+  }
+}
+
+Matrix squares(const Matrix& x) { return x.cwiseProduct(x); }
+std::vector<double> entries(const Matrix& x) { return {x.data(), x.data() + x.size()}; }
+
+/// One step of Fira+ with a refresh of all matrices: what becomes of moments that held five steps, against
+/// optim/low_rank_adam.h in f64 with the bases that the GPU had and found.
+void check_rotation(Backend& gpu, StatePrecision states, DType gradients, double limit) {
+  OptimizerOptions options = options_of(OptimizerKind::fira_plus, 40);
+  options.states = states;
+  options.refresh = 5;
+  options.stagger = false;
+  Family device(gpu, options, gradients);
+  std::vector<Matrix> q, m, v, g;
+  const double c1 = 1 - std::pow(options.beta1, 5), c2 = 1 - std::pow(options.beta2, 5), clip = 0.7;
+  for (std::size_t i = 0; i < kShapes.size(); ++i) {
+    const std::vector<DeviceArray>& state = device.states[i];
+    const Shape basis = state[0].view().shape(), moments = state[1].view().shape();
+    q.push_back(as_matrix(set_values(state[0], random_basis(basis, i + 50)), basis[0], basis[1]));
+    std::vector<float> mean = normals(moments.numel(), i + 60, 1e-2), square = normals(moments.numel(), i + 70, 1e-2);
+    for (std::size_t e = 0; e < mean.size(); ++e)
+      square[e] = static_cast<float>(c2) * (square[e] * square[e] + mean[e] * mean[e] / static_cast<float>(c1 * c1));
+    m.push_back(as_matrix(set_values(state[1], mean), moments[0], moments[1]));
+    v.push_back(as_matrix(set_values(state[2], square), moments[0], moments[1]));
+    g.push_back(as_matrix(gradient_of(kShapes[i], i, 6), kShapes[i][0], kShapes[i][1]));
+    device.set_weights(i, normals(kShapes[i].numel(), i + 1, 0.02));
+    device.set_gradient(i, gradient_of(kShapes[i], i, 6));
+  }
+  device.step(6);
+  for (std::size_t i = 0; i < kShapes.size(); ++i) {
+    INFO(kShapes[i].str() << ", moments of " << to_string(states) << ", gradients of " << to_string(gradients));
+    const std::vector<DeviceArray>& state = device.states[i];
+    const Matrix found = as_matrix(values_of(state[0]), q[i].rows(), q[i].cols()), turn = q[i].transpose() * found;
+    const Matrix r = clip * (kShapes[i][0] >= kShapes[i][1] ? Matrix(g[i] * found) : Matrix(g[i].transpose() * found));
+    auto moment = [&](const Matrix& before) { return entries(options.beta1 * before + (1 - options.beta1) * r); };
+    auto square = [&](const Matrix& before) {
+      return entries(options.beta2 * before + (1 - options.beta2) * squares(r));
+    };
+    const Matrix mean = m[i] / c1, turned = mean * turn;
+    const Matrix variance = (v[i] / c2 - squares(mean)) * squares(turn);
+    const Matrix expected = c2 * (variance + squares(turned)).cwiseAbs();
+    const std::vector<float> first = values_of(state[1]), second = values_of(state[2]);
+    const std::vector<double> a(first.begin(), first.end()), b(second.begin(), second.end());
+    CHECK(relative_error(a, moment(c1 * turned)) <= limit);
+    CHECK(relative_error(b, square(expected)) <= limit);
+    CHECK(relative_error(a, moment(m[i])) > 0.1);  // what an old basis would have left is far away
+    CHECK(relative_error(b, square(v[i])) > 0.1);
+  }
+}
+
+TEST_CASE("moments on the GPU follow a new basis", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  // R is the product of rounded operands, a tenth of the mean; bf16 rounds twice.
+  check_rotation(*gpu, StatePrecision::fp32, DType::f32, 2e-3);
+  check_rotation(*gpu, StatePrecision::fp32, DType::bf16, 2e-3);
+  check_rotation(*gpu, StatePrecision::bf16, DType::f32, 8e-3);
+}
+
+TEST_CASE("APOLLO on the GPU follows the CPU's f32 through new projections", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const DType gradients : {DType::f32, DType::bf16}) {
+    OptimizerOptions options = options_of(OptimizerKind::apollo, 40);
+    options.refresh = 3;
+    options.alpha = 1;
+    check_steps(*gpu, options, gradients, 6, 1e-2);
+    options.stagger = false;
+    options.states = StatePrecision::bf16;
+    check_steps(*gpu, options, gradients, 5, 2e-2);
+    check_steps(*gpu, options_of(OptimizerKind::apollo, 264), gradients, 2, 1e-2, kLargeShapes);
+  }
+}
+
+TEST_CASE("members and states that the GPU has no kernels for are refused", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  auto refused = [&](const OptimizerOptions& o) { CHECK_THROWS_AS(Family(*gpu, o, DType::f32).step(1), Error); };
+  refused({.kind = OptimizerKind::apollo_mini, .eps = 1e-6, .alpha = 128});
+  OptimizerOptions options = options_of(OptimizerKind::fira, 40);
+  options.states = StatePrecision::int8;
+  refused(options);
+  options.states = StatePrecision::fp32;
+  options.projector_states = StatePrecision::bf16;
+  refused(options);
+  refused(options_of(OptimizerKind::fira, 12));  // not a multiple of 8
 }
 
 TEST_CASE("blocks of the GPU follow the CPU's f32 along many tiles", "[gpu]") {
