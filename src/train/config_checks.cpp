@@ -82,9 +82,8 @@ void check_supported(const Config& config) {
   if (config.precision.weights != WeightPrecision::fp32 && !gpu && config.run.device != Device::cuda)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
   const OptimizerOptions optimizer = optimizer_options(config);
-  if (gpu && optimizer.kind == OptimizerKind::fira_plus)
-    refuse("optimizer.kind: fira+ on a GPU", "optimizer.kind: fira, or run.device: cpu");
-  const bool low_rank = optimizer.kind == OptimizerKind::galore || optimizer.kind == OptimizerKind::fira;
+  const bool low_rank = optimizer.kind == OptimizerKind::galore || optimizer.kind == OptimizerKind::fira ||
+                        optimizer.kind == OptimizerKind::fira_plus;
   if (gpu && low_rank && optimizer.projector == ProjectorKind::svd)
     refuse("optimizer.projector: svd on a GPU", "power, or run.device: cpu");
   if (gpu && optimizer.projector_states != StatePrecision::fp32)
