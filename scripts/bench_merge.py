@@ -116,6 +116,12 @@ def run(command, threads):
     return output, float(seconds), float(peak)
 
 
+def clear(directory):
+    """The one after the other finds no output to replace, and no disk that still writes."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.sync()
+
+
 def equals_reference(directories, merged):
     """Whether the merge is the fp64 sum, oldest first, rounded once."""
     import numpy
@@ -140,6 +146,7 @@ def measure(arguments, work):
     rounds = []
     for _ in range(arguments.rounds):
         before = read_cached(files, arguments.threads)
+        clear(work / "kiln")
         output, seconds, peak = run([arguments.kiln, "merge", *directories, "--out", work / "kiln", "--json"],
                                     arguments.threads)  # fmt: skip
         report = json.loads(output)
@@ -148,7 +155,7 @@ def measure(arguments, work):
                "average": total / report["average_seconds"]}  # fmt: skip
         one["verify share"], one["average share"] = one["verify"] / cache, one["average"] / cache
         if arguments.mergekit:
-            shutil.rmtree(work / "mergekit", ignore_errors=True)
+            clear(work / "mergekit")
             command = [arguments.mergekit, "-c", MERGEKIT, work / "mergekit", arguments.threads, *directories]
             output, _, one["mergekit peak"] = run(command, arguments.threads)
             one["mergekit seconds"] = float(output.split()[-1])
