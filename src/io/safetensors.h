@@ -67,6 +67,8 @@ class SafetensorsWriter {
 
   /// The items in the order in which their bytes must be appended.
   const std::vector<Item>& layout() const { return items_; }
+  /// Where the data of item `index` begin in the file.
+  std::uint64_t offset(std::size_t index) const { return offsets_.at(index); }
   /// Appends raw bytes of the current item or items; crossing into the next item is allowed.
   void append(std::span<const std::byte> bytes);
   /// Writes a piece of item `index` of layout() from byte `offset` of its data on. Thread-safe. Every byte once, and

@@ -18,8 +18,10 @@ struct Piece {
   std::size_t item;  // of the writer's layout
   const Sources* sources;
   std::uint64_t first, count;
+  std::uint64_t position;  // of the first in the file, in elements
 };
 
+/// Pieces, and parts of them, end at multiples of their size in the file: pages that two writes share cost twice.
 std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
                              std::size_t piece_elements) {
   std::vector<Piece> pieces;
@@ -27,8 +29,11 @@ std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std
     const Sources& tensor = sources.at(writer.layout()[i].name);
     const SafetensorEntry& entry = *tensor.front().entry;
     const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
-    for (std::uint64_t first = 0; first < elements; first += piece_elements)
-      pieces.push_back({i, &tensor, first, std::min<std::uint64_t>(piece_elements, elements - first)});
+    const std::uint64_t begin = writer.offset(i) / size_of(writer.layout()[i].dtype);
+    for (std::uint64_t first = 0, count = 0; first < elements; first += count) {
+      count = std::min<std::uint64_t>(piece_elements - (begin + first) % piece_elements, elements - first);
+      pieces.push_back({i, &tensor, first, count, begin + first});
+    }
   }
   return pieces;
 }
@@ -71,8 +76,9 @@ class PieceQueue {
  private:
   bool write_piece(const Piece& piece, const Buffer& buffer) {
     const DType dtype = writer_.layout()[piece.item].dtype;
-    for (std::uint64_t at = 0; at < piece.count; at += part_elements_) {
-      const std::uint64_t first = piece.first + at, count = std::min<std::uint64_t>(part_elements_, piece.count - at);
+    for (std::uint64_t at = 0, count = 0; at < piece.count; at += count) {
+      const std::uint64_t first = piece.first + at;
+      count = std::min<std::uint64_t>(part_elements_ - (piece.position + at) % part_elements_, piece.count - at);
       const std::span<std::byte> out(buffer.data(), count * size_of(dtype));
       if (!average(*piece.sources, weights_, first, dtype, out)) return false;
       writer_.write_at(piece.item, first * size_of(dtype), out);
