@@ -5,7 +5,9 @@ Usage: python scripts/bench_merge.py [--checkpoints 10] [--rounds 5] [--threads 
                                      [--mergekit PYTHON] [--record]     (needs a release build, numpy and safetensors)
 
 Each round measures, one after the other, so that all see the machine in the same state: reading the files from the page
-cache (preads of 1 MiB on T threads), `kiln merge`, and mergekit's `linear` where PYTHON is an interpreter that has it.
+cache (preads of 1 MiB on T threads), writing a new file as large as the output (pwrites of 256 KiB, without fsync), `kiln
+merge`, and mergekit's `linear` where PYTHON is an interpreter that has it. The floor of averaging is the time of that
+reading and of that writing; outputs are removed and the disk is synced before each.
 kiln is timed as a process, with its verification of hashes, fsync and manifest; mergekit inside a process that has
 imported it already. Figures are medians over the rounds, shares those of each round; the merge is compared with numpy's
 fp64 sum, bit for bit. Only a machine that does nothing else gives meaningful shares.
@@ -104,6 +106,27 @@ def read_cached(files, threads):
     return sum(path.stat().st_size for path in files) / (time.perf_counter() - begin) / 1e9
 
 
+def write_cached(path, size, threads):
+    """GB/s of writing a new file to the page cache."""
+    path.unlink(missing_ok=True)
+    os.sync()
+    piece, descriptor = b"\1" * (1 << 18), os.open(path, os.O_WRONLY | os.O_CREAT)
+
+    def write(thread):
+        for offset in range(thread << 18, size, threads << 18):
+            os.pwrite(descriptor, piece[: size - offset], offset)
+
+    workers = [threading.Thread(target=write, args=(thread,)) for thread in range(threads)]
+    begin = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    seconds = time.perf_counter() - begin
+    os.close(descriptor)
+    return size / seconds / 1e9
+
+
 def run(command, threads):
     """Output, seconds and peak resident MiB of a process."""
     command = [sys.executable, "-S", "-c", PEAK, *(str(word) for word in command)]
@@ -114,6 +137,12 @@ def run(command, threads):
     output, last = done.stdout.rstrip().rsplit("\n", 1)
     seconds, peak = last.split()
     return output, float(seconds), float(peak)
+
+
+def clear(directory):
+    """The one after the other finds no output to replace, and no disk that still writes."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.sync()
 
 
 def equals_reference(directories, merged):
@@ -136,19 +165,22 @@ def measure(arguments, work):
     directories = write_checkpoints(work, arguments.checkpoints)
     files = [directory / "model.safetensors" for directory in directories]
     read_cached(files, arguments.threads)  # fills the cache
-    total = sum(path.stat().st_size for path in files) / 1e9
+    total, size = sum(path.stat().st_size for path in files) / 1e9, files[0].stat().st_size
     rounds = []
     for _ in range(arguments.rounds):
         before = read_cached(files, arguments.threads)
+        write = write_cached(work / "written", size, arguments.threads)
+        clear(work / "kiln")
         output, seconds, peak = run([arguments.kiln, "merge", *directories, "--out", work / "kiln", "--json"],
                                     arguments.threads)  # fmt: skip
         report = json.loads(output)
         cache = (before + read_cached(files, arguments.threads)) / 2
-        one = {"cache": cache, "seconds": seconds, "peak": peak, "verify": total / report["open_seconds"],
+        one = {"cache": cache, "write": write, "floor": total / cache + size / 1e9 / write, "seconds": seconds, "peak": peak, "verify": total / report["open_seconds"],
                "average": total / report["average_seconds"]}  # fmt: skip
         one["verify share"], one["average share"] = one["verify"] / cache, one["average"] / cache
+        one["floor share"] = one["floor"] / report["average_seconds"]
         if arguments.mergekit:
-            shutil.rmtree(work / "mergekit", ignore_errors=True)
+            clear(work / "mergekit")
             command = [arguments.mergekit, "-c", MERGEKIT, work / "mergekit", arguments.threads, *directories]
             output, _, one["mergekit peak"] = run(command, arguments.threads)
             one["mergekit seconds"] = float(output.split()[-1])
@@ -162,8 +194,11 @@ def measure(arguments, work):
 def table(arguments, median):
     rows = [
         ("page cache, preads of 1 MiB", f"{median['cache']:.1f} GB/s"),
-        ("kiln: reading and averaging", f"{median['average']:.1f} GB/s, {100 * median['average share']:.0f} % of it"),
-        ("kiln: verifying before", f"{median['verify']:.1f} GB/s, {100 * median['verify share']:.0f} % of it"),
+        ("page cache, pwrites of 256 KiB to a new file", f"{median['write']:.1f} GB/s"),
+        ("floor: those two for the inputs and the output", f"{median['floor']:.3f} s"),
+        ("kiln: averaging, reading to writing back", f"{median['average']:.1f} GB/s of inputs, "
+         f"{100 * median['average share']:.0f} % of reading alone, {100 * median['floor share']:.0f} % of the floor's"),
+        ("kiln: verifying before", f"{median['verify']:.1f} GB/s, {100 * median['verify share']:.0f} % of reading alone"),
         ("kiln: the whole command, with fsync and manifest", f"{median['seconds']:.2f} s"),
         ("kiln: peak resident memory", f"{median['peak']:.0f} MiB"),
         ("kiln: equal to the fp64 sum rounded once", "bit for bit" if median["exact"] else "NO"),

@@ -100,6 +100,9 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
+// Advice only, here and below: what fails costs time or memory, not correctness.
+void MappedFile::expect_sequential() const { ::madvise(const_cast<std::byte*>(data_), size_, MADV_SEQUENTIAL); }
+
 void MappedFile::release(std::span<const std::byte> bytes) const {
   // The system maps huge pages whole, so a piece leaves nothing behind only if all of those that it touches are given
   // up.
@@ -107,7 +110,6 @@ void MappedFile::release(std::span<const std::byte> bytes) const {
   const auto base = reinterpret_cast<std::uintptr_t>(data_);
   const auto begin = base + (reinterpret_cast<std::uintptr_t>(bytes.data()) - base) / kHugePage * kHugePage;
   const auto end = reinterpret_cast<std::uintptr_t>(bytes.data() + bytes.size());
-  // Advice only: what fails here costs memory, not correctness.
   ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 

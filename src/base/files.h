@@ -39,6 +39,8 @@ class MappedFile {
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  /// Says that it will be read from front to back, so that the system reads ahead of it.
+  void expect_sequential() const;
   /// Gives the pages of a part of bytes() back to the system; they still read the same, from its cache or the file. So
   /// a pass over a large file keeps its resident memory small. Thread-safe.
   void release(std::span<const std::byte> bytes) const;
@@ -48,8 +50,7 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-/// A file for reading by copies. A copy of a block that fits the second-level cache costs less than the page faults and
-/// the cache misses of a map, and no memory stays resident. A data Error if the file cannot be opened.
+/// A file for reading by copies, of which no memory stays resident. A data Error if the file cannot be opened.
 class ReadFile {
  public:
   explicit ReadFile(const std::filesystem::path& path);

@@ -14,7 +14,7 @@ std::string hash_bytes(std::span<const std::byte> bytes) {
 }
 
 std::string hash_file(const std::filesystem::path& path) {
-  constexpr std::size_t kPiece = std::size_t{4} << 20;
+  constexpr std::size_t kPiece = std::size_t{8} << 20;
   const MappedFile file(path);
   XXH3_state_t state;
   XXH3_64bits_reset(&state);

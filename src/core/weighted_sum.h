@@ -15,6 +15,14 @@ namespace kiln {
 /// error  usage: another dtype
 void add_weighted(std::span<const std::byte> source, DType dtype, double weight, std::span<double> sum);
 
+/// sum[k] = sum_i weights[i] * sources[i][k]: as add_weighted to zeros for each source in turn, bit for bit. Sums stay
+/// in registers, so that several sources at once cost no more than reading them.
+///
+/// in     each source, sum.size() elements of f32, f64, bf16 or f16    weights, one a source
+/// error  usage: another dtype
+void weighted_sum(std::span<const std::byte* const> sources, DType dtype, std::span<const double> weights,
+                  std::span<double> sum);
+
 /// out[k] = sum[k], rounded once, to nearest even; false when a result is not finite.
 ///
 /// out    sum.size() elements of f32, f64, bf16 or f16

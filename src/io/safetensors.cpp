@@ -141,6 +141,7 @@ DType safetensors_dtype(std::string_view name) {
 }
 
 SafetensorsReader::SafetensorsReader(const std::filesystem::path& path) : path_(path), file_(path), reads_(path) {
+  file_.expect_sequential();
   const Json header = parse_header(file_.bytes(), path.string(), data_begin_);
   std::set<std::string> names;
   for (const auto& [name, value] : header.items()) {
@@ -206,8 +207,18 @@ SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vec
   const std::uint64_t length = header.size();
   expected_ += sizeof(length) + length;
   for (std::uint64_t& offset : offsets_) offset += sizeof(length) + length;
+  reserve();
   append(std::as_bytes(std::span(&length, 1)));
   append(std::as_bytes(std::span(header)));
+}
+
+/// Finds a full disk out before the work, and spares each write its search for blocks. The size stays what was written,
+/// by which readers know a torn file.
+void SafetensorsWriter::reserve() {
+  if (expected_ == 0 || ::fallocate(descriptor_, FALLOC_FL_KEEP_SIZE, 0, static_cast<off_t>(expected_)) == 0) return;
+  if (errno != ENOSPC && errno != EDQUOT) return;  // not every file system can; then writes find out
+  fail(ExitCode::resource, "{}: {} bytes do not fit on the disk ({}); free some space and try again", path_.string(),
+       expected_, std::strerror(errno));
 }
 
 SafetensorsWriter::~SafetensorsWriter() {
@@ -221,6 +232,12 @@ void SafetensorsWriter::write_at(std::size_t index, std::uint64_t offset, std::s
   check(offsets_.at(index) + offset + bytes.size() <= end, "{}: more bytes of '{}' than the header describes",
         path_.string(), items_[index].name);
   put(offsets_[index] + offset, bytes);
+}
+
+void SafetensorsWriter::start_writeback(std::size_t index, std::uint64_t offset, std::uint64_t bytes) const {
+  // Where a file system cannot, finish() does it all.
+  ::sync_file_range(descriptor_, static_cast<off_t>(offsets_.at(index) + offset), static_cast<off_t>(bytes),
+                    SYNC_FILE_RANGE_WRITE);
 }
 
 void SafetensorsWriter::put(std::uint64_t at, std::span<const std::byte> bytes) {

@@ -30,6 +30,8 @@ class SafetensorsReader {
   const SafetensorEntry* find(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   std::span<const std::byte> bytes(const SafetensorEntry& entry) const;
+  /// Of a part of what bytes() gave (MappedFile).
+  void release(std::span<const std::byte> bytes) const { file_.release(bytes); }
   /// Copies bytes(entry) from byte `offset` on, by a read and not through the map (ReadFile). Thread-safe.
   void read_bytes(const SafetensorEntry& entry, std::uint64_t offset, std::span<std::byte> out) const;
   /// Converts elements [first, first + out.size()) of f32, f64, bf16 or f16 storage to `out`.
@@ -65,15 +67,20 @@ class SafetensorsWriter {
 
   /// The items in the order in which their bytes must be appended.
   const std::vector<Item>& layout() const { return items_; }
+  /// Where the data of item `index` begin in the file.
+  std::uint64_t offset(std::size_t index) const { return offsets_.at(index); }
   /// Appends raw bytes of the current item or items; crossing into the next item is allowed.
   void append(std::span<const std::byte> bytes);
   /// Writes a piece of item `index` of layout() from byte `offset` of its data on. Thread-safe. Every byte once, and
   /// none of them by append().
   void write_at(std::size_t index, std::uint64_t offset, std::span<const std::byte> bytes);
+  /// Starts to bring a piece that was written to the disk, and returns: finish() then waits for less.
+  void start_writeback(std::size_t index, std::uint64_t offset, std::uint64_t bytes) const;
   /// Checks that every byte came, flushes and fsyncs. Without it the file is left torn, and readers refuse it.
   void finish();
 
  private:
+  void reserve();
   void put(std::uint64_t at, std::span<const std::byte> bytes);
 
   std::filesystem::path path_;

@@ -1,6 +1,7 @@
 #include "merge/average.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "base/error.h"
@@ -9,30 +10,53 @@
 namespace kiln {
 namespace {
 
-// Elements summed at a time. Sums and the block that is read stay in the second-level cache (768 KiB for f32), and a
-// read is long enough that its system call does not count.
-constexpr std::size_t kBlock = 65536;
+// Elements summed at a time, straight from the page cache; their sums (16 KiB) are rounded out of the first-level
+// cache.
+constexpr std::size_t kTile = 2048;
+
+constexpr std::uint64_t kKeptBytes = std::uint64_t{48} << 20;
+
+std::span<const std::byte> bytes_of(const ModelTensors::Source& source, std::uint64_t first, std::uint64_t count) {
+  const std::size_t size = size_of(source.entry->dtype);
+  return source.file->bytes(*source.entry).subspan(first * size, count * size);
+}
 
 }  // namespace
 
-Averager::Averager() : sums_(kBlock), block_(kBlock * sizeof(double)) {}
-
-bool Averager::average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
-                       std::span<std::byte> out) {
+bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
+             std::span<std::byte> out) {
   const std::size_t count = out.size() / size_of(dtype);
   const DType input = sources.front().entry->dtype;
+  std::vector<const std::byte*> from;
+  for (const ModelTensors::Source& source : sources) from.push_back(bytes_of(source, first, count).data());
+  std::array<double, kTile> sums;
   bool finite = true;
-  for (std::size_t at = 0; at < count; at += kBlock) {
-    const std::span<double> sum(sums_.data(), std::min(kBlock, count - at));
-    const std::span<std::byte> block(block_.data(), sum.size() * size_of(input));
-    std::fill(sum.begin(), sum.end(), 0.0);
-    for (std::size_t i = 0; i < sources.size(); ++i) {
-      sources[i].file->read_bytes(*sources[i].entry, (first + at) * size_of(input), block);
-      add_weighted(block, input, weights[i], sum);
-    }
+  for (std::size_t at = 0; at < count; at += kTile) {
+    const std::span<double> sum(sums.data(), std::min(kTile, count - at));
+    weighted_sum(from, input, weights, sum);
     finite = round_sum(sum, dtype, out.subspan(at * size_of(dtype), sum.size() * size_of(dtype))) && finite;
+    for (const std::byte*& source : from) source += sum.size() * size_of(input);
   }
   return finite;
+}
+
+void InputMemory::done(const Sources& sources, std::uint64_t first, std::uint64_t count) {
+  std::map<const SafetensorsReader*, Extent> free;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const ModelTensors::Source& source : sources) {
+      const std::span<const std::byte> bytes = bytes_of(source, first, count);
+      const auto [at, added] = read_.try_emplace(source.file, bytes.data(), bytes.data() + bytes.size());
+      at->second.first = std::min(at->second.first, bytes.data());
+      at->second.second = std::max(at->second.second, bytes.data() + bytes.size());
+      bytes_ += bytes.size();
+    }
+    if (bytes_ < kKeptBytes) return;
+    free.swap(read_);
+    bytes_ = 0;
+  }
+  // What another thread is reading in between is mapped again when it goes on.
+  for (const auto& [file, extent] : free) file->release({extent.first, extent.second});
 }
 
 void fail_not_finite(const Sources& sources, std::uint64_t first, std::uint64_t count, DType dtype) {

@@ -1,6 +1,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -11,23 +13,27 @@ namespace kiln {
 /// One tensor in every checkpoint of a merge, oldest first. All have one dtype and size.
 using Sources = std::vector<ModelTensors::Source>;
 
-/// Averages pieces of tensors. One for each thread.
-class Averager {
+/// out[k] = round(sum_i w_i x_i[first + k]): accumulated in fp64, oldest first, without fused multiply-adds, and
+/// rounded once, to nearest even. An element's result depends on nothing else.
+///
+/// in     sources of f32, f64, bf16 or f16, read through their maps    weights, one a source
+/// out    as many elements of `dtype` (f32, f64, bf16 or f16) as `out` holds bytes for
+/// returns false when a result is not finite; fail_not_finite then says why
+bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
+             std::span<std::byte> out);
+
+/// Gives back the memory of inputs that were read, many pieces at a time: each call to the system interrupts all
+/// threads.
+class InputMemory {
  public:
-  Averager();
-  /// out[k] = round(sum_i w_i x_i[first + k]): accumulated in fp64, oldest first, without fused multiply-adds, and
-  /// rounded once, to nearest even. An element's result depends on nothing else.
-  ///
-  /// in     sources of f32, f64, bf16 or f16    weights, one a source
-  /// out    as many elements of `dtype` (f32, f64, bf16 or f16) as `out` holds bytes for
-  /// returns false when a result is not finite; fail_not_finite then says why
-  /// error  data: a source that cannot be read
-  bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
-               std::span<std::byte> out);
+  /// Call when elements [first, first + count) were read. Thread-safe.
+  void done(const Sources& sources, std::uint64_t first, std::uint64_t count);
 
  private:
-  std::vector<double> sums_;
-  std::vector<std::byte> block_;
+  using Extent = std::pair<const std::byte*, const std::byte*>;
+  std::mutex mutex_;
+  std::map<const SafetensorsReader*, Extent> read_;  // by file, since the last time
+  std::uint64_t bytes_ = 0;
 };
 
 /// A data Error that names the file and element which made elements [first, first + count) of the average infinite or

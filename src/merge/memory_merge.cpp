@@ -1,5 +1,6 @@
 #include "merge/memory_merge.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -10,6 +11,8 @@
 
 namespace kiln {
 namespace {
+
+constexpr std::size_t kPiece = 1 << 19;  // elements after which the inputs' memory is given back
 
 Sources sources_of(std::span<const MergeInput* const> inputs, const Parameter& parameter) {
   Sources sources;
@@ -23,7 +26,7 @@ Sources sources_of(std::span<const MergeInput* const> inputs, const Parameter& p
   return sources;
 }
 
-void average_into(const Sources& sources, std::span<const double> weights, const Tensor& target) {
+void average_into(const Sources& sources, std::span<const double> weights, const Tensor& target, InputMemory& memory) {
   const std::span<float> out = target.span<float>();
   std::atomic<bool> finite = true;
   std::mutex mutex;
@@ -31,9 +34,12 @@ void average_into(const Sources& sources, std::span<const double> weights, const
   parallel_for(target.numel(), 1 << 16, [&](std::int64_t begin, std::int64_t end) {
     try {
       const auto part = out.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
-      if (!Averager().average(sources, weights, static_cast<std::uint64_t>(begin), DType::f32,
-                              std::as_writable_bytes(part)))
-        finite = false;
+      for (std::size_t at = 0; at < part.size(); at += kPiece) {
+        const std::span<float> piece = part.subspan(at, std::min(kPiece, part.size() - at));
+        const std::uint64_t first = static_cast<std::uint64_t>(begin) + at;
+        if (!average(sources, weights, first, DType::f32, std::as_writable_bytes(piece))) finite = false;
+        memory.done(sources, first, piece.size());
+      }
     } catch (...) {  // must not leave the thread
       const std::lock_guard lock(mutex);
       error = std::current_exception();
@@ -49,8 +55,9 @@ void merge_into(std::span<const MergeInput* const> inputs, std::span<const doubl
                 const ModelWeights& target) {
   check(!inputs.empty() && inputs.size() == weights.size(), "{} checkpoints and {} weights; give one weight for each",
         inputs.size(), weights.size());
+  InputMemory memory;
   for (const Parameter& parameter : target.table().parameters)
-    average_into(sources_of(inputs, parameter), weights, target.view(parameter));
+    average_into(sources_of(inputs, parameter), weights, target.view(parameter), memory);
 }
 
 }  // namespace kiln

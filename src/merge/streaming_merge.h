@@ -25,7 +25,7 @@ struct MergeOptions {
   bool verify = true;  // hashes by manifest; sizes are always checked
   OptimizerStateMerge optimizer_state = OptimizerStateMerge::reset;
   bool keep_order = false;                            // the order given is oldest first, whatever the steps say
-  std::size_t chunk_elements = std::size_t{1} << 18;  // of one thread
+  std::size_t chunk_elements = std::size_t{1} << 19;  // of one thread
   Json state = Json::object();                        // keys that replace those of the newest state.json
 };
 

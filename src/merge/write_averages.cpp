@@ -11,12 +11,17 @@
 namespace kiln {
 namespace {
 
+// Elements averaged before they are written: they are still in the second-level cache then.
+constexpr std::size_t kPart = 1 << 16;
+
 struct Piece {
   std::size_t item;  // of the writer's layout
   const Sources* sources;
   std::uint64_t first, count;
+  std::uint64_t position;  // of the first in the file, in elements
 };
 
+/// Pieces, and parts of them, end at multiples of their size in the file: pages that two writes share cost twice.
 std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
                              std::size_t piece_elements) {
   std::vector<Piece> pieces;
@@ -24,8 +29,11 @@ std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std
     const Sources& tensor = sources.at(writer.layout()[i].name);
     const SafetensorEntry& entry = *tensor.front().entry;
     const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
-    for (std::uint64_t first = 0; first < elements; first += piece_elements)
-      pieces.push_back({i, &tensor, first, std::min<std::uint64_t>(piece_elements, elements - first)});
+    const std::uint64_t begin = writer.offset(i) / size_of(writer.layout()[i].dtype);
+    for (std::uint64_t first = 0, count = 0; first < elements; first += count) {
+      count = std::min<std::uint64_t>(piece_elements - (begin + first) % piece_elements, elements - first);
+      pieces.push_back({i, &tensor, first, count, begin + first});
+    }
   }
   return pieces;
 }
@@ -38,18 +46,18 @@ class PieceQueue {
       : writer_(writer),
         pieces_(std::move(pieces)),
         weights_(weights),
-        buffer_bytes_(piece_elements * sizeof(double)),
+        part_elements_(std::min(piece_elements, kPart)),
+        buffer_bytes_(part_elements_ * sizeof(double)),
         first_fault_(pieces_.size()) {}
 
   /// What every thread runs: takes pieces in order until none is left or one has failed.
   void work() {
     try {
-      Averager averager;
-      const Buffer buffer(buffer_bytes_, "piece of an average");
+      const Buffer buffer(buffer_bytes_, "part of an average");
       while (!failed_) {
         const std::size_t at = next_.fetch_add(1);
         if (at >= pieces_.size()) return;
-        if (!write_piece(pieces_[at], averager, buffer)) note_fault(at);
+        if (!write_piece(pieces_[at], buffer)) note_fault(at);
       }
     } catch (...) {  // must not leave the thread; finish() throws it
       const std::lock_guard lock(mutex_);
@@ -66,11 +74,17 @@ class PieceQueue {
   }
 
  private:
-  bool write_piece(const Piece& piece, Averager& averager, const Buffer& buffer) {
+  bool write_piece(const Piece& piece, const Buffer& buffer) {
     const DType dtype = writer_.layout()[piece.item].dtype;
-    const std::span<std::byte> out(buffer.data(), piece.count * size_of(dtype));
-    if (!averager.average(*piece.sources, weights_, piece.first, dtype, out)) return false;
-    writer_.write_at(piece.item, piece.first * size_of(dtype), out);
+    for (std::uint64_t at = 0, count = 0; at < piece.count; at += count) {
+      const std::uint64_t first = piece.first + at;
+      count = std::min<std::uint64_t>(part_elements_ - (piece.position + at) % part_elements_, piece.count - at);
+      const std::span<std::byte> out(buffer.data(), count * size_of(dtype));
+      if (!average(*piece.sources, weights_, first, dtype, out)) return false;
+      writer_.write_at(piece.item, first * size_of(dtype), out);
+    }
+    writer_.start_writeback(piece.item, piece.first * size_of(dtype), piece.count * size_of(dtype));
+    memory_.done(*piece.sources, piece.first, piece.count);
     return true;
   }
 
@@ -85,7 +99,8 @@ class PieceQueue {
   SafetensorsWriter& writer_;
   std::vector<Piece> pieces_;
   std::span<const double> weights_;
-  std::size_t buffer_bytes_;  // of a thread
+  std::size_t part_elements_, buffer_bytes_;  // of a thread
+  InputMemory memory_;
   std::atomic<std::size_t> next_ = 0;
   std::atomic<bool> failed_ = false;
   std::mutex mutex_;  // guards what follows
