@@ -5,6 +5,7 @@
 #include "catch.h"
 #include "io/checkpoint.h"
 #include "report/metrics.h"
+#include "train/config.h"
 
 namespace kiln::test {
 namespace {
@@ -166,6 +167,30 @@ TEST_CASE("compare trains each optimizer and writes table and plots") {
   CHECK(fs::is_regular_file(at.dir / "cmp/table.txt"));
   CHECK(fs::is_regular_file(at.dir / "cmp/report.html"));
   CHECK(read_json(at.dir / "cmp/fira/summary.json").contains("merged_valid_loss"));
+}
+
+TEST_CASE("compare tries learning rates and seeds, and gives every optimizer the same bytes of states") {
+  const Workspace at;
+  const Outcome outcome =
+      at("KILN compare DIR/c.yaml --optimizers adam8bit,fira,apollo --peak-lr 0.001 --lr-grid 1,2 --seeds 3,4 "
+         "--state-budget 300KiB --for fira:optimizer.alpha=0.5 --out DIR/cmp --quiet");
+  INFO(outcome.text);
+  REQUIRE(outcome.code == 0);
+  CHECK_THAT(outcome.text, ContainsSubstring("best lr"));
+  for (const char* name : {"adam8bit", "fira", "apollo"}) {
+    int seeds = 0;
+    for (const char* run : {"lr0.001-seed3", "lr0.002-seed3", "lr0.001-seed4", "lr0.002-seed4"}) {
+      const fs::path summary = at.dir / "cmp" / fmt::format("{}-{}", name, run) / "summary.json";
+      if (!fs::is_regular_file(summary)) continue;
+      ++seeds;
+      CHECK(read_json(summary).at("state_bytes") <= 300 * 1024);
+    }
+    CHECK(seeds == 3);  // two rates, and the better one once more
+  }
+  CHECK(load_config(at.dir / "cmp/fira-lr0.001-seed3/config.yaml", {}).optimizer.alpha == 0.5);
+  CHECK(load_config(at.dir / "cmp/apollo-lr0.001-seed3/config.yaml", {}).optimizer.alpha != 0.5);
+  CHECK(at("KILN compare DIR/c.yaml --optimizers adamw --state-budget 1KiB --out DIR/no").code == 2);
+  CHECK(at("KILN compare DIR/c.yaml --optimizers adamw --for fira:optimizer.rank=8 --out DIR/no").code == 2);
 }
 
 TEST_CASE("SIGTERM saves and exits with 143; the resumed run ends bitwise as one that never stopped") {
