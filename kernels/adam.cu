@@ -117,8 +117,6 @@ class AdamKernel final : public Kernel {
       const AdamUpdate::Options& o = ops_[i]->options();
       const std::int64_t n = a.w.numel();
       const bool coded = state_ == DType::u8;
-      require(n % (coded ? kStateBlock : kPerThread) == 0, "{}: {} of {} elements, expected a multiple of {}",
-              ops_[i]->name(), ops_[i]->parameter().name, n, coded ? kStateBlock : kPerThread);
       targets.push_back({.w = static_cast<std::uint16_t*>(a.w.data),
                          .low = static_cast<std::uint16_t*>(a.low.data),
                          .g = a.g.data,
@@ -162,14 +160,26 @@ class AdamKernel final : public Kernel {
 };
 
 std::unique_ptr<Kernel> make_adam(const Nodes& nodes, Context& context) {
-  require(nodes.inputs()[0].dtype == DType::bf16, "adam_update: weights of {}, expected bf16",
-          to_string(nodes.inputs()[0].dtype));
   return std::make_unique<AdamKernel>(nodes, context);
+}
+
+void check_adam(const Nodes& nodes) {
+  const std::vector<TensorSpec> in = nodes.inputs();
+  require(in[0].dtype == DType::bf16, "{}: weights of {}, expected bf16", nodes.node().op->name(),
+          to_string(in[0].dtype));
+  const std::int64_t multiple = in[3].dtype == DType::u8 ? kStateBlock : kPerThread;
+  for (std::size_t i = 0; i < nodes.group.count; ++i) {
+    const Parameter& parameter = nodes.op<AdamUpdate>(i).parameter();
+    require(parameter.shape.numel() % multiple == 0, "{}: {} of {} elements, expected a multiple of {}",
+            nodes.node().op->name(), parameter.name, parameter.shape.numel(), multiple);
+  }
 }
 
 }  // namespace
 
-OpEntry adam_entry() { return {.name = "adam_update", .make = make_adam, .any_count = true}; }
-OpEntry adam8bit_entry() { return {.name = "adam8bit_update", .make = make_adam, .any_count = true}; }
+OpEntry adam_entry() { return {.name = "adam_update", .make = make_adam, .check = check_adam, .any_count = true}; }
+OpEntry adam8bit_entry() {
+  return {.name = "adam8bit_update", .make = make_adam, .check = check_adam, .any_count = true};
+}
 
 }  // namespace kiln::cuda

@@ -78,16 +78,23 @@ class ApolloKernel final : public Kernel {
 };
 
 std::unique_ptr<Kernel> make_apollo(const Nodes& nodes, Context& context) {
+  return std::make_unique<ApolloKernel>(nodes, context);
+}
+
+void check_apollo(const Nodes& nodes) {
   const ApolloUpdate::Options& o = nodes.op<ApolloUpdate>().options();
   require(o.factor == ApolloFactor::vector, "optimizer.kind: apollo_mini runs on the CPU alone; use apollo");
-  require_low_rank(nodes, o.states);
-  return std::make_unique<ApolloKernel>(nodes, context);
+  require_low_rank(nodes, o.rank, o.states);
 }
 
 }  // namespace
 
 OpEntry apollo_entry() {
-  return {.name = "apollo_update", .workspace_bytes = workspace, .make = make_apollo, .any_count = true};
+  return {.name = "apollo_update",
+          .workspace_bytes = workspace,
+          .make = make_apollo,
+          .check = check_apollo,
+          .any_count = true};
 }
 
 }  // namespace kiln::cuda

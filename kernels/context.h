@@ -55,6 +55,9 @@ struct OpEntry {
   std::string_view second = {};                            // and of the second, for a pair
   std::size_t (*workspace_bytes)(const Nodes&) = nullptr;  // null: none
   std::unique_ptr<Kernel> (*make)(const Nodes&, Context&) = nullptr;
+  /// Throws the usage Error of nodes that make() does not take; without a device, so that a plan can tell. Null: make()
+  /// tells itself.
+  void (*check)(const Nodes&) = nullptr;
   /// For a pair: whether the fused kernel takes these shapes and no other node needs what it leaves out.
   bool (*fuses)(const Nodes&) = nullptr;
   bool any_count = false;  // takes all neighbours of that name in one launch

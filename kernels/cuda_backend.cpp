@@ -75,8 +75,11 @@ class Planning : public Backend {
     if (entry == nullptr) return node.op->any_device() ? node.op->workspace_bytes(plan.input_specs(node)) : 0;
     return entry->workspace_bytes == nullptr ? 0 : entry->workspace_bytes({plan, group});
   }
-  bool has_kernel(const Plan& plan, NodeGroup group) const override {
-    return find_entry(plan, group.first, group) != nullptr || plan.nodes()[group.first].op->any_device();
+  void check_kernel(const Plan& plan, NodeGroup group) const override {
+    const OpEntry* entry = find_entry(plan, group.first, group);
+    const Op& op = *plan.nodes()[group.first].op;
+    require(entry != nullptr || op.any_device(), "no kernel for {}; train on the CPU with run.device=cpu", op.name());
+    if (entry != nullptr && entry->check != nullptr) entry->check({plan, group});
   }
   std::size_t staging_bytes() const override { return kSlots * kSlotBytes; }
 
@@ -280,10 +283,10 @@ class CudaBackend final : public Planning {
   void synchronize() override { check_cuda(cudaStreamSynchronize(stream_.get()), "cudaStreamSynchronize"); }
 
   std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) override {
+    check_kernel(plan, group);
     const OpEntry* entry = find_entry(plan, group.first, group);
-    const OpPtr op = plan.nodes()[group.first].op;
     if (entry != nullptr) return entry->make({plan, group}, context_);
-    require(op->any_device(), "no kernel for {}; train on the CPU with run.device=cpu", op->name());
+    const OpPtr op = plan.nodes()[group.first].op;
     return simple_kernel([op](const KernelArgs& args) { op->run_cpu(args); });
   }
   std::unique_ptr<Replay> replay() override { return std::make_unique<GraphReplay>(stream_.get()); }

@@ -93,16 +93,20 @@ class LowRankKernel final : public Kernel {
 };
 
 std::unique_ptr<Kernel> make_low_rank(const Nodes& nodes, Context& context) {
-  const LowRankAdamUpdate::Options& o = nodes.op<LowRankAdamUpdate>().options();
-  require_low_rank(nodes, o.states);
-  require(o.projector == ProjectorKind::power, "optimizer.projector: svd runs on the CPU alone; use power");
-  require(o.projector_states == StatePrecision::fp32, "optimizer.projector_states: {} runs on the CPU alone; use fp32",
-          to_string(o.projector_states));
   return std::make_unique<LowRankKernel>(nodes, context);
 }
 
+void check_low_rank(const Nodes& nodes) {
+  const LowRankAdamUpdate::Options& o = nodes.op<LowRankAdamUpdate>().options();
+  require_low_rank(nodes, o.rank, o.states);
+  require(o.projector == ProjectorKind::power, "optimizer.projector: svd runs on the CPU alone; use power");
+  require(o.projector_states == StatePrecision::fp32, "optimizer.projector_states: {} runs on the CPU alone; use fp32",
+          to_string(o.projector_states));
+}
+
 OpEntry entry(std::string_view name) {
-  return {.name = name, .workspace_bytes = workspace, .make = make_low_rank, .any_count = true};
+  return {
+      .name = name, .workspace_bytes = workspace, .make = make_low_rank, .check = check_low_rank, .any_count = true};
 }
 
 }  // namespace

@@ -79,17 +79,7 @@ void LowRankGroup::prepare(const Nodes& nodes, Context& context, std::initialize
   multiprocessors_ = context.multiprocessors;
   half_gradient_ = nodes.inputs()[1].dtype == DType::bf16;
   for (std::size_t i = 0; i < list_.size(); ++i) {
-    const LowRankGeometry& at = list_[i];
-    const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
-    require(nodes.inputs(i)[1].dtype == nodes.inputs()[1].dtype, "{}: gradient of {}, expected {} as for {}",
-            parameter.name, to_string(nodes.inputs(i)[1].dtype), to_string(nodes.inputs()[1].dtype),
-            nodes.op<UpdateOp>().parameter().name);
-    require(at.n % kAlignment == 0 && at.m % kAlignment == 0 && at.rank % kAlignment == 0,
-            "{}: {} of rank {}, expected multiples of {}; set optimizer.rank, or train on the CPU", parameter.name,
-            parameter.shape.str(), at.rank, kAlignment);
-    require(at.rank <= kLargestRefreshRank, "{}: optimizer.rank {}, expected at most {}", parameter.name, at.rank,
-            kLargestRefreshRank);
-    for (const LowRankWork work : works) add_pieces(work, static_cast<int>(i), at);
+    for (const LowRankWork work : works) add_pieces(work, static_cast<int>(i), list_[i]);
   }
   std::size_t pieces = 0;
   for (const std::vector<LowRankPiece>& part : pieces_) pieces += part.size();
@@ -154,11 +144,23 @@ LowRankTable LowRankGroup::with(LowRankWork work, LowRankTable table) const {
   return table;
 }
 
-void require_low_rank(const Nodes& nodes, StatePrecision states) {
+void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states) {
   require(nodes.inputs()[0].dtype == DType::bf16, "{}: weights of {}, expected bf16", nodes.node().op->name(),
           to_string(nodes.inputs()[0].dtype));
   require(states != StatePrecision::int8,
           "optimizer.states: {} for low-rank moments runs on the CPU alone; use fp32 or bf16", to_string(states));
+  for (std::size_t i = 0; i < nodes.group.count; ++i) {
+    const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
+    const LowRankGeometry at = low_rank_geometry(parameter, rank);
+    require(nodes.inputs(i)[1].dtype == nodes.inputs()[1].dtype, "{}: gradient of {}, expected {} as for {}",
+            parameter.name, to_string(nodes.inputs(i)[1].dtype), to_string(nodes.inputs()[1].dtype),
+            nodes.op<UpdateOp>().parameter().name);
+    require(at.n % kAlignment == 0 && at.m % kAlignment == 0 && at.rank % kAlignment == 0,
+            "{}: {} of rank {}, expected multiples of {}; set optimizer.rank, or train on the CPU", parameter.name,
+            parameter.shape.str(), at.rank, kAlignment);
+    require(at.rank <= kLargestRefreshRank, "{}: optimizer.rank {}, expected at most {}", parameter.name, at.rank,
+            kLargestRefreshRank);
+  }
 }
 
 }  // namespace kiln::cuda

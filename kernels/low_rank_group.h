@@ -29,7 +29,7 @@ class LowRankGroup {
   /// What stays of all matrices from their projection to their update.
   std::size_t workspace_bytes() const;
 
-  /// Checks the sizes and makes the tables, with pieces for `works`.
+  /// Makes the tables, with pieces for `works`.
   void prepare(const Nodes& nodes, Context& context, std::initializer_list<LowRankWork> works);
   /// Matrix i with its tensors and its place in `memory`, which moves on. States and what depends on them are left to
   /// the caller.
@@ -53,7 +53,7 @@ class LowRankGroup {
   Buffer matrix_table_, piece_table_;
 };
 
-/// Throws the usage Error of a low-rank op whose weights or states the GPU does not take.
-void require_low_rank(const Nodes& nodes, StatePrecision states);
+/// Throws the usage Error of low-rank updates whose weights, gradients, states, sizes or rank the GPU does not take.
+void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states);
 
 }  // namespace kiln::cuda

@@ -87,6 +87,7 @@ std::optional<std::int64_t> largest_rank(Config config, const Site& site) {
     const bool within = site.packed(config, site.configured(config)).total() <= *config.memory.budget;
     (within ? fits : fails) = config.optimizer.rank;
   }
+  if (!site.backend.is_host() && fits >= 8) fits -= fits % 8;  // kernels take eights
   return fits > 0 ? std::optional(fits) : std::nullopt;
 }
 
@@ -112,6 +113,23 @@ OptimizerMemory optimizer_memory(const Config& config, const Site& site) {
   return memory;
 }
 
+/// Why the device cannot train so; nothing when it can.
+std::optional<std::string> refusal(const Config& config, const Site& site) {
+  try {
+    const TrainPlan train = record_train_plan(
+        plan_options(config, site.configured(config), site.backend, site.communicator.size()), site.communicator);
+    for (std::size_t n = 0; n < train.plan.nodes().size();) {
+      const NodeGroup group = site.backend.group(train.plan, n);
+      site.backend.check_kernel(train.plan, group);
+      n += group.count;
+    }
+  } catch (const Error& e) {
+    if (e.code() == ExitCode::usage) return e.what();
+    throw;
+  }
+  return {};
+}
+
 PresetMemory preset_memory(const Config& config, std::string_view name, const MemoryReport& report, const Site& site) {
   const Config preset = with_preset(config, name);
   PresetMemory memory{
@@ -119,27 +137,22 @@ PresetMemory preset_memory(const Config& config, std::string_view name, const Me
   for (const OptimizerMemory& optimizer : report.optimizers) {
     const Config one = with_optimizer(preset, optimizer.kind);
     PresetMemory::Entry entry{.kind = optimizer.kind, .smallest = {}, .largest_micro = {}};
+    if (refusal(one, site)) {
+      memory.optimizers.push_back(entry);
+      continue;
+    }
     for (const Recompute recompute : kRecomputes) {
       entry.recompute = config.memory.recompute.value_or(recompute);
       const BatchShape least{.sequences = micro_batches_of(one, site.communicator.size()).front(),
                              .seq_len = config.data.seq_len};
-      entry.smallest = {least.sequences, site.packed(one, {least, entry.recompute}).total()};
-      if (!config.memory.budget || config.memory.recompute || entry.smallest.bytes <= *config.memory.budget) break;
+      entry.smallest = MicroMemory{least.sequences, site.packed(one, {least, entry.recompute}).total()};
+      if (!config.memory.budget || config.memory.recompute || entry.smallest->bytes <= *config.memory.budget) break;
     }
-    if (config.memory.budget && entry.smallest.bytes <= *config.memory.budget)
+    if (config.memory.budget && entry.smallest->bytes <= *config.memory.budget)
       entry.largest_micro = largest_micro(one, entry.recompute, site);
     memory.optimizers.push_back(entry);
   }
   return memory;
-}
-
-/// Whether the device has a kernel for every node of a training step.
-bool runs(const Config& config, const Site& site) {
-  const TrainPlan train = record_train_plan(
-      plan_options(config, site.configured(config), site.backend, site.communicator.size()), site.communicator);
-  for (std::size_t n = 0; n < train.plan.nodes().size(); ++n)
-    if (!site.backend.has_kernel(train.plan, {n, 1})) return false;
-  return true;
 }
 
 }  // namespace
@@ -202,9 +215,13 @@ MemoryFormula memory_formula(const TrainPlan& train, const TrainPlanOptions& opt
   const std::uint64_t parameters = count(options.model.parameter_count()), tokens = count(options.micro.tokens());
   const KeptElements kept = kept_elements(options.model, options.recompute);
   MemoryFormula formula{.weights = parameters * (options.masters ? wide : real),
-                        .gradients = parameters * wide,
+                        .gradients = {},
                         .activations = tokens * (real * count(kept.real) + wide * count(kept.f32))};
-  for (const Parameter& parameter : train.table.parameters) formula.states += state_bytes(parameter, options.optimizer);
+  for (const Parameter& parameter : train.table.parameters) {
+    formula.states += state_bytes(parameter, options.optimizer);
+    const bool half = parameter.low_rank && options.layout.linear_gradients == DType::bf16;
+    formula.gradients += count(parameter.shape.numel()) * (half ? size_of(DType::bf16) : wide);
+  }
   for (std::size_t n = 0; n < train.plan.nodes().size();) {
     const NodeGroup group = backend.group(train.plan, n);
     formula.workspace = std::max<std::uint64_t>(formula.workspace, backend.workspace_bytes(train.plan, group));
@@ -231,14 +248,14 @@ MemoryReport memory_report(const Config& config, Communicator& communicator, con
       .budget = config.memory.budget,
       .averages_host = average_host_bytes(config, record_train_plan(options, communicator).parameter_bytes(), backend),
       .optimizers = {},
-      .without_kernels = {},
+      .refused = {},
       .presets = {}};
   for (const OptimizerKind kind : optimizer_kinds()) {
     const Config one = with_optimizer(config, kind);
-    if (runs(one, site))
-      report.optimizers.push_back(optimizer_memory(one, site));
+    if (const std::optional<std::string> reason = refusal(one, site))
+      report.refused.push_back({kind, *reason});
     else
-      report.without_kernels.push_back(kind);
+      report.optimizers.push_back(optimizer_memory(one, site));
   }
   for (const std::string_view name : llama_preset_names())
     report.presets.push_back(preset_memory(config, name, report, site));

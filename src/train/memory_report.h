@@ -59,7 +59,7 @@ struct PresetMemory {
   struct Entry {
     OptimizerKind kind;
     Recompute recompute = Recompute::none;
-    MicroMemory smallest;
+    std::optional<MicroMemory> smallest;  // nothing: the device does not train this preset with this optimizer
     std::optional<std::int64_t> largest_micro;
   };
   std::vector<Entry> optimizers;
@@ -77,7 +77,11 @@ struct MemoryReport {
   std::optional<std::uint64_t> budget;
   std::uint64_t averages_host = 0;  // host bytes of the first rank for `averages`, beside all others
   std::vector<OptimizerMemory> optimizers;
-  std::vector<OptimizerKind> without_kernels;  // that the device cannot run
+  struct Refused {
+    OptimizerKind kind;
+    std::string reason;
+  };
+  std::vector<Refused> refused;  // that the device cannot run
   std::vector<PresetMemory> presets;
 };
 

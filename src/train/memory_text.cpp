@@ -152,9 +152,10 @@ void preset_rows(Table& table, const MemoryReport& report) {
   for (const PresetMemory& preset : report.presets) {
     std::vector<std::string> row;
     for (const PresetMemory::Entry& entry : preset.optimizers)
-      row.push_back(!report.budget        ? human_bytes(entry.smallest.bytes)
+      row.push_back(!entry.smallest       ? "-"
+                    : !report.budget      ? human_bytes(entry.smallest->bytes)
                     : entry.largest_micro ? preset_text(entry)
-                                          : fmt::format("no, {}", human_bytes(entry.smallest.bytes)));
+                                          : fmt::format("no, {}", human_bytes(entry.smallest->bytes)));
     table.row(fmt::format("  {:<12}{:>8}", preset.name, human_count(static_cast<double>(preset.parameters))), row);
   }
 }
@@ -176,9 +177,10 @@ Json to_json(const MemoryReport& report) {
             {"budget_bytes", optional_json(report.budget)},
             {"averages_host_bytes", report.averages_host},
             {"optimizers", Json::array()},
-            {"without_kernels", Json::array()},
+            {"refused", Json::array()},
             {"presets", Json::array()}};
-  for (const OptimizerKind kind : report.without_kernels) json["without_kernels"].push_back(to_string(kind));
+  for (const MemoryReport::Refused& refused : report.refused)
+    json["refused"].push_back({{"optimizer", to_string(refused.kind)}, {"reason", refused.reason}});
   for (const OptimizerMemory& memory : report.optimizers) {
     Json micro = Json::array();
     for (const MicroMemory& row : memory.micro) {
@@ -199,7 +201,7 @@ Json to_json(const MemoryReport& report) {
     for (const PresetMemory::Entry& entry : preset.optimizers)
       entries.push_back({{"optimizer", to_string(entry.kind)},
                          {"recompute", to_string(entry.recompute)},
-                         {"bytes_at_micro_1", entry.smallest.bytes},
+                         {"bytes_at_micro_1", entry.smallest ? Json(entry.smallest->bytes) : Json(nullptr)},
                          {"largest_micro", optional_json(entry.largest_micro)}});
     json["presets"].push_back({{"name", preset.name}, {"parameters", preset.parameters}, {"optimizers", entries}});
   }
@@ -212,8 +214,8 @@ std::string memory_tables(const MemoryReport& report) {
                          report.name, human_count(static_cast<double>(report.model.parameter_count())), report.device,
                          report.micro.seq_len, report.micro_batches, report.micro_batches == 1 ? "" : "es",
                          report.micro.sequences, report.ranks, report.ranks == 1 ? "" : "s"));
-  for (const OptimizerKind kind : report.without_kernels)
-    table.line(fmt::format("{}: no kernels on this device yet; trains on the CPU", to_string(kind)));
+  for (const MemoryReport::Refused& refused : report.refused)
+    table.line(fmt::format("{}: {}", to_string(refused.kind), refused.reason));
   table.line("");
   role_rows(table, report);
   if (report.averages_host > 0)
