@@ -13,6 +13,7 @@ namespace {
 
 // Elements averaged before they are written: they are still in the second-level cache then.
 constexpr std::size_t kPart = 1 << 16;
+constexpr std::size_t kMappedBytes = std::size_t{48} << 20;
 
 struct Piece {
   std::size_t item;  // of the writer's layout
@@ -36,6 +37,15 @@ std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std
     }
   }
   return pieces;
+}
+
+/// As many elements that all threads together hold kMappedBytes of inputs at most, unless they are very many.
+std::size_t bounded(std::size_t piece_elements, const std::map<std::string, Sources>& sources) {
+  std::size_t bytes = 1;  // of one element in all inputs
+  for (const auto& [name, tensor] : sources)
+    bytes = std::max(bytes, tensor.size() * size_of(tensor.front().entry->dtype));
+  const std::size_t fitting = kMappedBytes / bytes / static_cast<std::size_t>(thread_count());
+  return std::min(piece_elements, std::max(fitting, kPart));
 }
 
 /// The pieces and what the threads that take them share.
@@ -112,6 +122,7 @@ class PieceQueue {
 
 void write_averages(SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
                     std::span<const double> weights, std::size_t piece_elements) {
+  piece_elements = bounded(piece_elements, sources);
   PieceQueue queue(writer, pieces_of(writer, sources, piece_elements), weights, piece_elements);
   parallel_for(thread_count(), 1, [&](std::int64_t, std::int64_t) { queue.work(); });
   queue.finish();
