@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <limits>
+#include <thread>
 
 #include "base/error.h"
 
 namespace kiln {
 namespace {
 
+constexpr int kTries = 256;
 constexpr std::size_t kAborted = std::numeric_limits<std::size_t>::max();
 
 }  // namespace
@@ -32,9 +34,14 @@ void InputHashes::add(const ModelTensors::Source& source, std::uint64_t first, s
   File& file = *found->second;
   const std::span<const std::byte> bytes = bytes_of(source, first, count);
   const auto begin = static_cast<std::size_t>(bytes.data() - source.file->header().data());
+  int tries = 0;
   for (std::size_t added = file.added; added != begin; added = file.added) {
     if (added == kAborted) return;
-    file.added.wait(added);
+    // The thread before is most often almost done, and waking up takes longer than it needs.
+    if (++tries < kTries)
+      std::this_thread::yield();
+    else
+      file.added.wait(added);
   }
   file.hasher.add(bytes);
   std::size_t expected = begin;  // unless it was aborted meanwhile

@@ -13,7 +13,7 @@ namespace {
 
 // Elements averaged before they are written: they are still in the second-level cache then.
 constexpr std::size_t kPart = 1 << 16;
-constexpr std::size_t kHashedPart = 1 << 15;  // and so are the inputs, to be hashed
+constexpr std::size_t kHashedPart = 1 << 14;  // and so are the inputs, to be hashed
 constexpr std::uint64_t kWriteback = std::uint64_t{2} << 20;
 constexpr std::size_t kMappedBytes = std::size_t{48} << 20;
 
