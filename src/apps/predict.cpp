@@ -207,7 +207,7 @@ void run(const PredictArguments& arguments) {
                              : nearest_step(paths, config, wanted, anneal.end, "snapshot");
   anneal.begin = checkpoint_step(start).value();
 
-  const std::vector<MergeInput> snapshots = open_inputs(paths, true);
+  const std::vector<MergeInput> snapshots = open_inputs(paths, Hashes::all);
   const ModelWeights weights(model_config(config), DType::f32);
   HeldOut held_out(config, parse_device(arguments.device), weights);
   const LossCache known(arguments.run / "predictions", held_out.identity());

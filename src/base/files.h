@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -28,6 +29,21 @@ std::vector<std::filesystem::path> expand_glob(const std::string& pattern);
 /// XXH3 (64 bits) of a file's bytes as 16 hexadecimal digits, and of memory.
 std::string hash_file(const std::filesystem::path& path);
 std::string hash_bytes(std::span<const std::byte> bytes);
+
+/// hash_bytes of bytes that come in pieces.
+class Hasher {
+ public:
+  Hasher();
+  ~Hasher();
+  Hasher(const Hasher&) = delete;
+  Hasher& operator=(const Hasher&) = delete;
+  void add(std::span<const std::byte> bytes);
+  std::string digest() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 /// Read-only memory map of a file, closed with the object. A data Error if it cannot be opened.
 class MappedFile {

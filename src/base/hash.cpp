@@ -13,17 +13,27 @@ std::string hash_bytes(std::span<const std::byte> bytes) {
   return fmt::format("{:016x}", XXH3_64bits(bytes.data(), bytes.size()));
 }
 
+struct Hasher::State {
+  XXH3_state_t xxh3;
+};
+
+Hasher::Hasher() : state_(std::make_unique<State>()) { XXH3_64bits_reset(&state_->xxh3); }
+Hasher::~Hasher() = default;
+
+void Hasher::add(std::span<const std::byte> bytes) { XXH3_64bits_update(&state_->xxh3, bytes.data(), bytes.size()); }
+
+std::string Hasher::digest() const { return fmt::format("{:016x}", XXH3_64bits_digest(&state_->xxh3)); }
+
 std::string hash_file(const std::filesystem::path& path) {
   constexpr std::size_t kPiece = std::size_t{8} << 20;
   const MappedFile file(path);
-  XXH3_state_t state;
-  XXH3_64bits_reset(&state);
+  Hasher hasher;
   for (std::size_t first = 0; first < file.bytes().size(); first += kPiece) {
     const std::span<const std::byte> piece = file.bytes().subspan(first, std::min(kPiece, file.bytes().size() - first));
-    XXH3_64bits_update(&state, piece.data(), piece.size());
+    hasher.add(piece);
     file.release(piece);
   }
-  return fmt::format("{:016x}", XXH3_64bits_digest(&state));
+  return hasher.digest();
 }
 
 }  // namespace kiln

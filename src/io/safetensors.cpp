@@ -234,10 +234,9 @@ void SafetensorsWriter::write_at(std::size_t index, std::uint64_t offset, std::s
   put(offsets_[index] + offset, bytes);
 }
 
-void SafetensorsWriter::start_writeback(std::size_t index, std::uint64_t offset, std::uint64_t bytes) const {
+void SafetensorsWriter::start_writeback(std::uint64_t begin, std::uint64_t end) const {
   // Where a file system cannot, finish() does it all.
-  ::sync_file_range(descriptor_, static_cast<off_t>(offsets_.at(index) + offset), static_cast<off_t>(bytes),
-                    SYNC_FILE_RANGE_WRITE);
+  ::sync_file_range(descriptor_, static_cast<off_t>(begin), static_cast<off_t>(end - begin), SYNC_FILE_RANGE_WRITE);
 }
 
 void SafetensorsWriter::put(std::uint64_t at, std::span<const std::byte> bytes) {

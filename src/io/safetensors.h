@@ -30,6 +30,8 @@ class SafetensorsReader {
   const SafetensorEntry* find(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   std::span<const std::byte> bytes(const SafetensorEntry& entry) const;
+  /// What stands before the first tensor.
+  std::span<const std::byte> header() const { return file_.bytes().first(data_begin_); }
   /// Of a part of what bytes() gave (MappedFile).
   void release(std::span<const std::byte> bytes) const { file_.release(bytes); }
   /// Copies bytes(entry) from byte `offset` on, by a read and not through the map (ReadFile). Thread-safe.
@@ -74,8 +76,9 @@ class SafetensorsWriter {
   /// Writes a piece of item `index` of layout() from byte `offset` of its data on. Thread-safe. Every byte once, and
   /// none of them by append().
   void write_at(std::size_t index, std::uint64_t offset, std::span<const std::byte> bytes);
-  /// Starts to bring a piece that was written to the disk, and returns: finish() then waits for less.
-  void start_writeback(std::size_t index, std::uint64_t offset, std::uint64_t bytes) const;
+  /// Starts to bring bytes [begin, end) of the file to the disk, as far as they were written, and returns: finish()
+  /// then waits for less.
+  void start_writeback(std::uint64_t begin, std::uint64_t end) const;
   /// Checks that every byte came, flushes and fsyncs. Without it the file is left torn, and readers refuse it.
   void finish();
 

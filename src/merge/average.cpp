@@ -16,12 +16,12 @@ constexpr std::size_t kTile = 2048;
 
 constexpr std::uint64_t kKeptBytes = std::uint64_t{48} << 20;
 
+}  // namespace
+
 std::span<const std::byte> bytes_of(const ModelTensors::Source& source, std::uint64_t first, std::uint64_t count) {
   const std::size_t size = size_of(source.entry->dtype);
   return source.file->bytes(*source.entry).subspan(first * size, count * size);
 }
-
-}  // namespace
 
 bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
              std::span<std::byte> out) {

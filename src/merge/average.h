@@ -13,6 +13,9 @@ namespace kiln {
 /// One tensor in every checkpoint of a merge, oldest first. All have one dtype and size.
 using Sources = std::vector<ModelTensors::Source>;
 
+/// Elements [first, first + count) of a source, where they lie.
+std::span<const std::byte> bytes_of(const ModelTensors::Source& source, std::uint64_t first, std::uint64_t count);
+
 /// out[k] = round(sum_i w_i x_i[first + k]): accumulated in fp64, oldest first, without fused multiply-adds, and
 /// rounded once, to nearest even. An element's result depends on nothing else.
 ///

@@ -171,12 +171,13 @@ void hash_files(std::vector<FileCheck>& checks) {
   parallel_for(thread_count(), 1, [&](std::int64_t, std::int64_t) { work(); });
 }
 
-/// Records the model files' hashes; with `verify` they and all others of the manifest are computed and compared.
-void record_hashes(std::vector<MergeInput>& inputs, bool verify) {
+/// Records the model files' hashes; those asked for, and of a manifest all, are computed and compared.
+void record_hashes(std::vector<MergeInput>& inputs, Hashes hashes) {
   std::vector<FileCheck> checks;
   for (MergeInput& input : inputs)
     for (FileCheck& check : files_to_check(input)) checks.push_back(std::move(check));
-  if (verify) hash_files(checks);
+  if (hashes == Hashes::recorded) std::erase_if(checks, [](const FileCheck& check) { return check.recorded.empty(); });
+  if (hashes != Hashes::none) hash_files(checks);
   for (const FileCheck& check : checks) {
     if (!check.fault.empty())
       fail(ExitCode::data, "{}: not a whole checkpoint: {}; leave it out or copy it again",
@@ -273,7 +274,7 @@ std::vector<fs::path> select_checkpoints(const std::vector<fs::path>& oldest_fir
   return chosen;
 }
 
-std::vector<MergeInput> open_inputs(const std::vector<fs::path>& directories, bool verify) {
+std::vector<MergeInput> open_inputs(const std::vector<fs::path>& directories, Hashes hashes) {
   check(!directories.empty(), "no checkpoint to merge; give at least one");
   check_distinct(directories);
   std::vector<MergeInput> inputs;
@@ -282,7 +283,7 @@ std::vector<MergeInput> open_inputs(const std::vector<fs::path>& directories, bo
     check_same_tensors(*inputs.front().model, *inputs.back().model, directory);
     check_same_config(inputs.front(), inputs.back());
   }
-  record_hashes(inputs, verify);
+  record_hashes(inputs, hashes);
   return inputs;
 }
 

@@ -34,7 +34,7 @@ class ModelTensors {
 struct InputFile {
   std::string name;
   std::uint64_t bytes = 0;
-  std::string hash;  // XXH3; empty without a manifest when verification was off
+  std::string hash;  // XXH3; empty where no manifest records it and it was not computed
 };
 
 /// A checkpoint that is about to be merged: whole, opened, and not yet read.
@@ -65,8 +65,12 @@ std::vector<std::filesystem::path> expand_checkpoints(const std::vector<std::fil
 std::vector<std::filesystem::path> select_checkpoints(const std::vector<std::filesystem::path>& oldest_first,
                                                       std::size_t last, std::size_t every);
 
-/// Opens checkpoints and verifies them: distinct, whole (sizes by manifest, and hashes with `verify`), and equal in
+/// Which hashes open_inputs computes: those that manifests record, to compare; of all files, also where none is
+/// recorded.
+enum class Hashes { none, recorded, all };
+
+/// Opens checkpoints and verifies them: distinct, whole (sizes by manifest, and hashes as asked for), and equal in
 /// tensor names, shapes, dtypes and configuration. A data Error names the tensor or key, and the file.
-std::vector<MergeInput> open_inputs(const std::vector<std::filesystem::path>& directories, bool verify);
+std::vector<MergeInput> open_inputs(const std::vector<std::filesystem::path>& directories, Hashes hashes);
 
 }  // namespace kiln

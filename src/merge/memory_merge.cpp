@@ -12,7 +12,7 @@
 namespace kiln {
 namespace {
 
-constexpr std::size_t kPiece = 1 << 19;  // elements after which the inputs' memory is given back
+constexpr std::size_t kPiece = 1 << 16;  // elements after which the inputs' memory is given back
 
 Sources sources_of(std::span<const MergeInput* const> inputs, const Parameter& parameter) {
   Sources sources;

@@ -33,7 +33,7 @@ class Merges {
     return losses(chosen, merge_weights({.method = MergeMethod::sma}, chosen.size()));
   }
   SequenceLosses checkpoint_losses(const std::filesystem::path& directory) {
-    const std::vector<MergeInput> inputs = open_inputs({directory}, true);
+    const std::vector<MergeInput> inputs = open_inputs({directory}, Hashes::all);
     const MergeInput* const input = &inputs.front();
     const double whole = 1.0;
     return losses_of(std::span(&input, 1), std::span(&whole, 1));

@@ -5,7 +5,9 @@
 #include <chrono>
 
 #include "base/error.h"
+#include "base/files.h"
 #include "io/checkpoint.h"
+#include "merge/input_hashes.h"
 #include "merge/write_averages.h"
 
 namespace kiln {
@@ -52,7 +54,18 @@ std::vector<SafetensorsWriter::Item> output_items(const ModelTensors& model, Mer
   return items;
 }
 
-void write_model(const fs::path& path, const std::vector<MergeInput>& inputs, std::span<const double> weights,
+/// Files whose hash no manifest records are hashed for merge.json: while they are averaged, where their order allows
+/// it.
+void hash_on_the_way(std::vector<MergeInput>& inputs, const std::vector<SafetensorsWriter::Item>& layout,
+                     InputHashes& hashes) {
+  for (MergeInput& input : inputs)
+    for (std::size_t i = 0; i < input.files.size(); ++i) {
+      const SafetensorsReader& file = *input.model->files()[i];
+      if (input.files[i].hash.empty() && !hashes.follow(file, layout)) input.files[i].hash = hash_file(file.path());
+    }
+}
+
+void write_model(const fs::path& path, std::vector<MergeInput>& inputs, std::span<const double> weights,
                  const MergeOptions& options, MergeReport& report) {
   const std::vector<SafetensorsWriter::Item> items = output_items(*inputs.front().model, options.dtype);
   std::map<std::string, Sources> sources;
@@ -68,7 +81,12 @@ void write_model(const fs::path& path, const std::vector<MergeInput>& inputs, st
   }
   const Stopwatch watch;
   SafetensorsWriter writer(path, items);
-  write_averages(writer, sources, weights, options.chunk_elements);
+  InputHashes hashes;
+  if (options.verify) hash_on_the_way(inputs, writer.layout(), hashes);
+  write_averages(writer, sources, weights, options.chunk_elements, &hashes);
+  for (MergeInput& input : inputs)
+    for (std::size_t i = 0; i < input.files.size() && options.verify; ++i)
+      if (input.files[i].hash.empty()) input.files[i].hash = hashes.digest(*input.model->files()[i]);
   report.average_seconds = watch.seconds();
   writer.finish();
 }
@@ -176,7 +194,7 @@ MergeReport merge_checkpoints(const MergeOptions& options) {
   const std::vector<fs::path> directories = order_checkpoints(options.inputs, order_policy(options));
   const std::vector<double> weights = merge_weights(options.weights, directories.size());
   const fs::path output = checked_output(options, directories);
-  const std::vector<MergeInput> inputs = open_inputs(directories, options.verify);
+  std::vector<MergeInput> inputs = open_inputs(directories, options.verify ? Hashes::recorded : Hashes::none);
   const OptimizerFiles states = open_optimizer_files(inputs, newest(inputs), weights, options.optimizer_state);
   MergeReport report = plan_report(inputs, weights);
   report.open_seconds = watch.seconds();

@@ -22,7 +22,7 @@ struct MergeOptions {
   std::filesystem::path output;
   WeightOptions weights;
   MergeDtype dtype = MergeDtype::fp32;
-  bool verify = true;  // hashes by manifest; sizes are always checked
+  bool verify = true;  // hashes, by manifest or for merge.json; sizes are always checked
   OptimizerStateMerge optimizer_state = OptimizerStateMerge::reset;
   bool keep_order = false;                            // the order given is oldest first, whatever the steps say
   std::size_t chunk_elements = std::size_t{1} << 19;  // of one thread
@@ -34,9 +34,9 @@ struct MergeOptions {
 /// and tokens; weights; implied decay) and a manifest. With optimizer states a run can resume from it.
 ///
 /// Everything is verified before a byte is written (open_inputs). Tensors are then streamed in chunks: y = sum_i w_i
-/// x_i is accumulated in fp64, oldest first, and rounded once, to nearest even (average.h). Memory: for each thread one
-/// chunk of output. The result depends on neither chunk size, threads nor
-/// processor.
+/// x_i is accumulated in fp64, oldest first, and rounded once, to nearest even (average.h). Memory: for each
+/// thread a part of a chunk of output, and about 100 MiB of inputs mapped. The result depends on neither chunk size,
+/// threads nor processor.
 ///
 /// error  usage: options, an output that exists and is no merge; data: inputs that are torn, mixed or not finite;
 ///        resource: disk full. Nothing is left at `output` then, and an older merge there still stands.

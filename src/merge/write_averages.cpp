@@ -13,6 +13,9 @@ namespace {
 
 // Elements averaged before they are written: they are still in the second-level cache then.
 constexpr std::size_t kPart = 1 << 16;
+constexpr std::size_t kHashedPart = 1 << 14;  // and so are the inputs, to be hashed
+constexpr std::uint64_t kWriteback = std::uint64_t{2} << 20;
+constexpr std::size_t kMappedBytes = std::size_t{48} << 20;
 
 struct Piece {
   std::size_t item;  // of the writer's layout
@@ -38,12 +41,22 @@ std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std
   return pieces;
 }
 
+/// As many elements that all threads together hold kMappedBytes of inputs at most, unless they are very many.
+std::size_t bounded(std::size_t piece_elements, const std::map<std::string, Sources>& sources) {
+  std::size_t bytes = 1;  // of one element in all inputs
+  for (const auto& [name, tensor] : sources)
+    bytes = std::max(bytes, tensor.size() * size_of(tensor.front().entry->dtype));
+  const std::size_t fitting = kMappedBytes / bytes / static_cast<std::size_t>(thread_count());
+  return std::min(piece_elements, std::max(fitting, kPart));
+}
+
 /// The pieces and what the threads that take them share.
 class PieceQueue {
  public:
   PieceQueue(SafetensorsWriter& writer, std::vector<Piece> pieces, std::span<const double> weights,
-             std::size_t piece_elements)
+             std::size_t piece_elements, InputHashes* hashes)
       : writer_(writer),
+        hashes_(hashes),
         pieces_(std::move(pieces)),
         weights_(weights),
         part_elements_(std::min(piece_elements, kPart)),
@@ -62,7 +75,7 @@ class PieceQueue {
     } catch (...) {  // must not leave the thread; finish() throws it
       const std::lock_guard lock(mutex_);
       if (!error_) error_ = std::current_exception();
-      failed_ = true;
+      give_up();
     }
   }
 
@@ -81,9 +94,13 @@ class PieceQueue {
       count = std::min<std::uint64_t>(part_elements_ - (piece.position + at) % part_elements_, piece.count - at);
       const std::span<std::byte> out(buffer.data(), count * size_of(dtype));
       if (!average(*piece.sources, weights_, first, dtype, out)) return false;
+      if (hashes_ != nullptr)
+        for (const ModelTensors::Source& source : *piece.sources) hashes_->add(source, first, count);
       writer_.write_at(piece.item, first * size_of(dtype), out);
     }
-    writer_.start_writeback(piece.item, piece.first * size_of(dtype), piece.count * size_of(dtype));
+    const std::uint64_t begin = piece.position * size_of(dtype), end = begin + piece.count * size_of(dtype);
+    if (begin / kWriteback < end / kWriteback)
+      writer_.start_writeback(begin / kWriteback * kWriteback, end / kWriteback * kWriteback);
     memory_.done(*piece.sources, piece.first, piece.count);
     return true;
   }
@@ -93,10 +110,16 @@ class PieceQueue {
   void note_fault(std::size_t at) {
     const std::lock_guard lock(mutex_);
     first_fault_ = std::min(first_fault_, at);
+    give_up();
+  }
+
+  void give_up() {
     failed_ = true;
+    if (hashes_ != nullptr) hashes_->abort();
   }
 
   SafetensorsWriter& writer_;
+  InputHashes* hashes_;
   std::vector<Piece> pieces_;
   std::span<const double> weights_;
   std::size_t part_elements_, buffer_bytes_;  // of a thread
@@ -111,8 +134,12 @@ class PieceQueue {
 }  // namespace
 
 void write_averages(SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
-                    std::span<const double> weights, std::size_t piece_elements) {
-  PieceQueue queue(writer, pieces_of(writer, sources, piece_elements), weights, piece_elements);
+                    std::span<const double> weights, std::size_t piece_elements, InputHashes* hashes) {
+  piece_elements = bounded(piece_elements, sources);
+  if (hashes != nullptr && hashes->empty()) hashes = nullptr;
+  // Threads that hash follow each other closely, since a piece waits for the one before.
+  if (hashes != nullptr) piece_elements = std::min(piece_elements, kHashedPart);
+  PieceQueue queue(writer, pieces_of(writer, sources, piece_elements), weights, piece_elements, hashes);
   parallel_for(thread_count(), 1, [&](std::int64_t, std::int64_t) { queue.work(); });
   queue.finish();
 }

@@ -68,6 +68,14 @@ TEST_CASE("files are replaced whole, matched in order, hashed and mapped") {
   CHECK(hash_file(path) == hash_bytes(std::as_bytes(std::span("two", 3))));
   std::ofstream(scratch.path / "empty").flush();
   CHECK(MappedFile(scratch.path / "empty").bytes().empty());
+  const std::string text(3000, 'x');
+  const std::span<const std::byte> whole = std::as_bytes(std::span(text));
+  Hasher hasher;
+  for (const std::size_t piece : {0, 1, 700, 2299}) {
+    hasher.add(whole.first(piece));
+    if (piece == 700) CHECK(hasher.digest() == hash_bytes(whole.first(701)));
+  }
+  CHECK(hasher.digest() == hash_bytes(whole));
   CHECK_THROWS_AS(MappedFile(scratch.path), Error);
   std::ofstream(scratch.path / "bad.json") << "{\"a\": }";
   CHECK_THROWS_WITH(read_json(scratch.path / "bad.json"), ContainsSubstring("not valid JSON"));

@@ -51,8 +51,8 @@ struct Toy {
     std::vector<fs::path> paths;
     for (std::int64_t i = 0; i <= 20; ++i)
       paths.push_back(write_snapshot(temp / "snapshots", 10 * i + 100, shift_at(i)));
-    snapshots = open_inputs(paths, true);
-    const std::vector<MergeInput> zero = open_inputs({write_snapshot(temp / "origin", 1, 0.0)}, true);
+    snapshots = open_inputs(paths, Hashes::all);
+    const std::vector<MergeInput> zero = open_inputs({write_snapshot(temp / "origin", 1, 0.0)}, Hashes::all);
     const MergeInput* input = &zero.front();
     const double one = 1.0;
     merge_into(std::span(&input, 1), std::span(&one, 1), origin);
@@ -127,7 +127,7 @@ TEST_CASE("a merge in memory has the bits of the file that a merge writes") {
   std::vector<fs::path> paths;
   for (const std::int64_t step : {1, 2, 3})
     paths.push_back(write_snapshot(temp.path(), step, 0.1 * static_cast<double>(step), config));
-  const std::vector<MergeInput> opened = open_inputs(paths, true);
+  const std::vector<MergeInput> opened = open_inputs(paths, Hashes::all);
   std::vector<const MergeInput*> inputs;
   for (const MergeInput& input : opened) inputs.push_back(&input);
   const WeightOptions options{.method = MergeMethod::ema, .alpha = 0.3};
@@ -255,7 +255,7 @@ TEST_CASE(
   std::vector<fs::path> paths;
   for (const MergeInput& input : toy.snapshots) paths.push_back(input.directory);
   write_snapshot(toy.temp / "snapshots", 150, shift_at(5) + 0.5);
-  const std::vector<MergeInput> changed = open_inputs(paths, true);
+  const std::vector<MergeInput> changed = open_inputs(paths, Hashes::all);
   PredictionRequest later = request;
   later.snapshots = changed;
   evaluations = 0;
@@ -300,7 +300,7 @@ TEST_CASE("losses that were kept are read bit for bit, and a damaged file counts
   CHECK_FALSE(known.find(inputs, weights).has_value());
   known.store(inputs, weights, losses);
   CHECK(known.find(inputs, weights).has_value());
-  const std::vector<MergeInput> unverified = open_inputs({toy.snapshots[1].directory}, false);
+  const std::vector<MergeInput> unverified = open_inputs({toy.snapshots[1].directory}, Hashes::none);
   const MergeInput* const input = &unverified.front();
   if (input->files.front().hash.empty())
     CHECK_THROWS_WITH(known.find(std::span(&input, 1), std::span(weights).first(1)),

@@ -113,6 +113,72 @@ TEST_CASE("the result depends neither on the chunk nor on the threads") {
   for (const std::string& hash : hashes) CHECK(hash == hashes.front());
 }
 
+/// Tensors of many pieces.
+TestModel wide_model(std::uint64_t stream) {
+  return {{"a.weight", {DType::f32, {301, 401}, random_values(301 * 401, stream * 4)}},
+          {"b.weight", {DType::f32, {7}, random_values(7, stream * 4 + 1)}},
+          {"c.weight", {DType::f32, {0, 3}, {}}},
+          {"d.weight", {DType::f32, {97, 1031}, random_values(97 * 1031, stream * 4 + 2)}}};
+}
+
+/// One file with its tensors in the order of their names turned round.
+void write_reversed(const fs::path& directory, const TestModel& model) {
+  Json header = Json::object();
+  std::vector<std::byte> data;
+  for (auto at = model.rbegin(); at != model.rend(); ++at) {
+    const std::vector<std::byte> bytes = to_storage(at->second);
+    header[at->first] = {{"dtype", safetensors_name(at->second.dtype)},
+                         {"shape", at->second.shape},
+                         {"data_offsets", {data.size(), data.size() + bytes.size()}}};
+    data.insert(data.end(), bytes.begin(), bytes.end());
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  const std::uint64_t length = text.size();
+  fs::create_directories(directory);
+  std::ofstream out(directory / "model.safetensors", std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&length), sizeof(length)) << text;
+  out.write(reinterpret_cast<const char*>(data.data()), static_cast<std::streamsize>(data.size()));
+  write_text_atomic(directory / "config.json", test_config().dump());
+}
+
+TEST_CASE("files without a manifest are hashed while they are averaged, in any order and on any number of threads") {
+  const TempDirectory temp;
+  write_hf_directory(temp / "checkpoint-1", wide_model(1));
+  write_sharded_directory(temp / "checkpoint-2", wide_model(2));
+  write_reversed(temp / "checkpoint-3", wide_model(3));
+  write_checkpoint(temp / "checkpoint-4", wide_model(4), 4);
+  const std::vector<fs::path> inputs{temp / "checkpoint-1", temp / "checkpoint-2", temp / "checkpoint-3",
+                                     temp / "checkpoint-4"};
+  merge_checkpoints({.inputs = inputs, .output = temp / "plain", .weights = {}, .verify = false});
+  const int threads = thread_count();
+  for (const int count : {1, 2, 7})
+    for (const std::size_t chunk : {std::size_t{1} << 19, std::size_t{1000}}) {
+      INFO(count << " threads, chunks of " << chunk);
+      set_thread_count(count);
+      merge_checkpoints({.inputs = inputs, .output = temp / "out", .weights = {}, .chunk_elements = chunk});
+      CHECK(hash_file(temp / "out/model.safetensors") == hash_file(temp / "plain/model.safetensors"));
+      const Json merge = read_json(temp / "out/merge.json");
+      std::size_t files = 0;
+      for (std::size_t i = 0; i < inputs.size(); ++i)
+        for (const Json& file : merge["checkpoints"][i]["files"]) {
+          CHECK(file["xxh3"] == hash_file(inputs[i] / file["name"].get<std::string>()));
+          ++files;
+        }
+      CHECK(files == 5);
+    }
+  // A fault ends it for the threads that wait for their turn to hash.
+  TestModel damaged = wide_model(5);
+  damaged["a.weight"].values[70000] = std::nan("");
+  fs::remove_all(temp / "checkpoint-1");
+  write_hf_directory(temp / "checkpoint-1", damaged);
+  for (int round = 0; round < 20; ++round)
+    CHECK_THROWS_WITH(
+        merge_checkpoints({.inputs = inputs, .output = temp / "out", .weights = {}, .chunk_elements = 1000}),
+        ContainsSubstring("'a.weight' holds nan at element 70000"));
+  set_thread_count(threads);
+}
+
 TEST_CASE("sharded directories merge with plain ones, in names, shapes and bits") {
   const TempDirectory temp;
   const TestModel a = random_model(DType::f32, 1), b = random_model(DType::f32, 2);

@@ -1,0 +1,36 @@
+#pragma once
+#include <atomic>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "merge/average.h"
+
+namespace kiln {
+
+/// XXH3 of input files while they are averaged: bytes are hashed while a cache still holds them, and a file whose hash
+/// nobody recorded, so that there is nothing to check before, is read once and not twice.
+class InputHashes {
+ public:
+  /// Whether the file's tensors lie in the order of `layout`, in which averages are made; only then it is hashed.
+  bool follow(const SafetensorsReader& file, const std::vector<SafetensorsWriter::Item>& layout);
+  bool empty() const { return files_.empty(); }
+
+  /// Call for every piece of every tensor; those of other files do nothing. Waits until all bytes before were added, so
+  /// threads must take pieces in order. Thread-safe.
+  void add(const ModelTensors::Source& source, std::uint64_t first, std::uint64_t count);
+  /// After a failure: nobody waits any more, and there will be no hashes.
+  void abort();
+  /// The hash of a file that was followed, after all its pieces.
+  std::string digest(const SafetensorsReader& file) const;
+
+ private:
+  struct File {
+    Hasher hasher{};
+    std::atomic<std::size_t> added = 0;  // bytes
+  };
+  std::map<const SafetensorsReader*, std::unique_ptr<File>> files_;
+};
+
+}  // namespace kiln
