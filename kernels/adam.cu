@@ -170,8 +170,9 @@ void check_adam(const Nodes& nodes) {
   const std::int64_t multiple = in[3].dtype == DType::u8 ? kStateBlock : kPerThread;
   for (std::size_t i = 0; i < nodes.group.count; ++i) {
     const Parameter& parameter = nodes.op<AdamUpdate>(i).parameter();
-    require(parameter.shape.numel() % multiple == 0, "{}: {} of {} elements, expected a multiple of {}",
-            nodes.node().op->name(), parameter.name, parameter.shape.numel(), multiple);
+    require(parameter.shape.numel() % multiple == 0, "{}: {} of {} elements, expected a multiple of {}{}",
+            nodes.node().op->name(), parameter.name, parameter.shape.numel(), multiple,
+            multiple == kStateBlock ? "; use optimizer.states: bf16, or train on the CPU" : "");
   }
 }
 

@@ -42,7 +42,7 @@ LowRankStep step_of(const LowRankAdamUpdate::Options& o) {
           .seed = o.seed};
 }
 
-/// All neighbouring low-rank updates of a plan, in seven launches.
+/// All neighbouring low-rank updates of a plan, in a handful of launches.
 class LowRankKernel final : public Kernel {
  public:
   LowRankKernel(const Nodes& nodes, Context& context) : group_(group_of(nodes)) {

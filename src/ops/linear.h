@@ -11,7 +11,7 @@ namespace kiln {
 /// error  inner sizes differ
 class Linear final : public Op {
  public:
-  /// `gradients`: dtype of dw for bf16 weights, f32 or bf16, which cannot add up over micro-batches.
+  /// `gradients`: dtype of dw for bf16 weights, f32 or bf16, in which sums over micro-batches would be rounded.
   explicit Linear(DType gradients = DType::f32) : gradients_(gradients) {}
   std::string_view name() const override { return "linear"; }
   std::vector<TensorSpec> infer(std::span<const TensorSpec> in) const override;

@@ -228,8 +228,7 @@ const std::vector<Field>& fields() {
       KILN_FIELD("precision.weights", precision.weights, "fp32 | bf16_sr"),
       KILN_FIELD(
           "precision.gradients", precision.gradients,
-          "of the layers' matrices, on a GPU: fp32 | bf16 (one micro-batch); auto: bf16 with one micro-batch and "
-          "one rank"),
+          "of the layers' matrices, on a GPU: fp32 | bf16 (one micro-batch, one rank); auto: bf16 where it may be"),
       KILN_FIELD("memory.budget", memory.budget, "bytes of one rank, such as 24GiB; auto: the GPU's memory"),
       KILN_FIELD("memory.recompute", memory.recompute,
                  "auto (the first that fits) | none | norms (outputs of norms and SwiGLU) | block (whole layers)"),

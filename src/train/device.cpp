@@ -67,6 +67,8 @@ StorageLayout training_layout(const Backend& backend, GradientPrecision asked, i
   StorageLayout layout = storage_layout(backend);
   check(asked != GradientPrecision::bf16 || !backend.is_host(),
         "precision.gradients: bf16 on the CPU, whose gradients are f32; use auto or fp32");
+  check(asked != GradientPrecision::bf16 || ranks == 1,
+        "precision.gradients: bf16 on {} ranks, whose gradients add up in f32; use auto or fp32", ranks);
   const bool half = asked == GradientPrecision::bf16 ||
                     (asked == GradientPrecision::automatic && !backend.is_host() && micro_batches == 1 && ranks == 1);
   if (half) layout.linear_gradients = DType::bf16;

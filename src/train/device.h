@@ -32,7 +32,8 @@ std::unique_ptr<Backend> open_planning_device(Device device);
 
 /// How a device stores a model's weights: f32 on the CPU; on a GPU bf16, sizes padded to 64.
 StorageLayout storage_layout(const Backend& backend);
-/// The same with the dtype of a step's gradients that a configuration asks for; bf16 is a usage Error on the CPU.
+/// The same with the dtype of a step's gradients that a configuration asks for; bf16 is a usage Error on the
+/// CPU and on several ranks.
 StorageLayout training_layout(const Backend& backend, GradientPrecision asked, int micro_batches, int ranks);
 /// f32 masters, of which bf16 weights are the upper halves; the CPU's weights are f32 themselves.
 bool keeps_masters(const Config& config, const Backend& backend);

@@ -103,9 +103,13 @@ PackedMemory packed_memory(const Config& config, Communicator& communicator) {
   return packed_memory(config, configured_memory(config, communicator.size(), cpu), cpu, communicator);
 }
 
+bool needs_one_micro_batch(const Config& config) {
+  return config.memory.update == UpdatePlacement::in_backward || config.precision.gradients == GradientPrecision::bf16;
+}
+
 std::vector<std::int64_t> micro_batches_of(const Config& config, int ranks) {
   const std::int64_t share = rank_share(config, ranks);
-  if (config.memory.update == UpdatePlacement::in_backward) return {share};
+  if (needs_one_micro_batch(config)) return {share};
   std::vector<std::int64_t> list;
   for (std::int64_t size = 1; size <= share; ++size)
     if (share % size == 0) list.push_back(size);

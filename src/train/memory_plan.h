@@ -35,7 +35,10 @@ PackedMemory packed_memory(const Config& config, const MemoryChoice& choice, con
 /// As configured, on the CPU.
 PackedMemory packed_memory(const Config& config, Communicator& communicator);
 
-/// Every micro-batch that divides the rank's share, ascending; with memory.update: in_backward the share alone.
+/// Whether a step must be a single micro-batch: updates in backward, or gradients in bf16.
+bool needs_one_micro_batch(const Config& config);
+
+/// Every micro-batch that divides the rank's share, ascending; the share alone where there may be but one.
 std::vector<std::int64_t> micro_batches_of(const Config& config, int ranks);
 
 /// The first within `budget` of: none, norms, block, each with micro-batches from micro_batch() down to an eighth of
@@ -48,8 +51,9 @@ std::optional<MemoryChoice> memory_within(const Config& config, std::uint64_t bu
 std::uint64_t memory_budget(const Config& config, const Backend& backend);
 
 /// What a run takes: memory_within() memory.budget or, on a GPU, 92 % of its memory (the rest is the driver's, the
-/// libraries' and the graph's); as configured where neither is known. The same on every rank and at every start, so
-/// that a run resumes bit for bit. A resource Error says how many bytes the smallest choice needs. Collective.
+/// libraries' and the graph's); as configured where neither is known. The same on every rank and at every start; on a
+/// GPU time_micro_batches() may then take a neighbour. A resource Error says how many bytes the smallest choice needs.
+/// Collective.
 MemoryChoice choose_memory(const Config& config, const Backend& backend, Communicator& communicator);
 
 }  // namespace kiln

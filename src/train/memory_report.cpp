@@ -240,6 +240,7 @@ MemoryReport memory_report(const Config& config, Communicator& communicator, con
       .model = options.model,
       .micro = choice.micro,
       .recompute = choice.recompute,
+      .micro_is_timed = !config.batch.micro && !needs_one_micro_batch(config) && !backend.is_host(),
       .micro_batches = options.micro_batches,
       .rank = config.optimizer.rank,
       .states = optimizer_options(config).states,

@@ -214,6 +214,11 @@ std::string memory_tables(const MemoryReport& report) {
                          report.name, human_count(static_cast<double>(report.model.parameter_count())), report.device,
                          report.micro.seq_len, report.micro_batches, report.micro_batches == 1 ? "" : "es",
                          report.micro.sequences, report.ranks, report.ranks == 1 ? "" : "s"));
+  if (report.micro_is_timed)
+    table.line(
+        fmt::format("batch.micro auto: a run times micro-batches from {} to {} that fit and takes the fastest; set "
+                    "batch.micro to plan for one",
+                    std::max<std::int64_t>(1, report.micro.sequences / 4), 4 * report.micro.sequences));
   for (const MemoryReport::Refused& refused : report.refused)
     table.line(fmt::format("{}: {}", to_string(refused.kind), refused.reason));
   table.line("");

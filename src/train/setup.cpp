@@ -80,8 +80,8 @@ BatchShape micro_batch(const Config& config, int ranks, const Backend& backend) 
   if (config.batch.micro) {
     micro = *config.batch.micro;
     check(share % micro == 0, "batch.micro: {} does not divide the {} sequences of a rank", micro, share);
-  } else if (config.memory.update == UpdatePlacement::in_backward) {
-    micro = share;  // an update in backward allows no second micro-batch
+  } else if (needs_one_micro_batch(config)) {
+    micro = share;
   } else {
     for (std::int64_t m = 1; m <= share; ++m)
       if (share % m == 0 && (m == 1 || m * config.data.seq_len <= most)) micro = m;

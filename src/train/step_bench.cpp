@@ -141,7 +141,7 @@ StepBench bench_step(const StepBenchOptions& o, Backend& backend) {
   }
   // By op in a second round, since marks between ops would slow the first.
   bench.executor.set_profiling(true);
-  const int profiled = std::min(o.steps, 3);
+  const int profiled = o.by_op ? std::min(o.steps, 3) : 0;
   for (int i = 0; i < profiled; ++i) bench.step(o.micro_batches, false);
   const GemmRate after = ceiling_of(backend);
   const GemmRate& ceiling = before.flops_per_s > after.flops_per_s ? before : after;
@@ -159,7 +159,7 @@ StepBench bench_step(const StepBenchOptions& o, Backend& backend) {
   result.gemm_library = ceiling.library;
   result.device_bytes = backend.allocated_bytes();
   result.loss = bench.loss();
-  result.ops = by_op(bench, o.micro_batches, profiled);
+  if (o.by_op) result.ops = by_op(bench, o.micro_batches, profiled);
   return result;
 }
 

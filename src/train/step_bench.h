@@ -20,6 +20,7 @@ struct StepBenchOptions {
   bool masters = true;  // on a GPU: f32 masters, else bf16 with stochastic rounding
   GradientPrecision gradients = GradientPrecision::automatic;
   bool update_in_backward = false;
+  bool by_op = true;  // StepBench::ops, from further steps
 };
 
 /// Seconds per step of one kind of node.

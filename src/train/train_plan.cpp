@@ -141,9 +141,8 @@ TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& commu
   options.model.validate();
   if (options.update_in_backward) check_in_backward(options);
   check(options.layout.linear_gradients == DType::f32 || options.micro_batches == 1,
-        "precision.gradients: bf16 with {} micro-batches, whose gradients add up in f32; set batch.micro to a rank's "
-        "whole "
-        "share, or use auto or fp32",
+        "precision.gradients: bf16 with {} micro-batches, whose gradients add up in f32; leave batch.micro out, or set "
+        "auto or fp32",
         options.micro_batches);
   TrainPlan train{.plan = {},
                   .table = llama_parameters(options.model, options.layout),

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "base/files.h"
 #include "base/log.h"
 #include "base/signals.h"
 #include "dist/device_communicator.h"
@@ -61,11 +62,13 @@ struct Trainer::Outputs {
 namespace {
 
 /// What the configuration leaves open.
-MemoryChoice open_memory(const Config& config, Backend& backend, Communicator& communicator) {
+MemoryChoice open_memory(const Config& config, Backend& backend, Communicator& communicator, bool write_files) {
   const MemoryChoice choice = choose_memory(config, backend, communicator);
-  const bool one_micro_batch = config.memory.update == UpdatePlacement::in_backward;
-  if (config.batch.micro || one_micro_batch || backend.is_host()) return choice;
-  return time_micro_batches(config, choice, memory_budget(config, backend), backend, communicator);
+  if (config.batch.micro || needs_one_micro_batch(config) || backend.is_host()) return choice;
+  MicroTimingFiles files{.run = {}, .cache = cache_file("micro-batches.json")};
+  if (write_files) files.run = std::filesystem::path(config.run.dir) / "micro_batch.json";
+  return time_micro_batches(config, choice, memory_budget(config, backend), backend, communicator, files,
+                            bench_timer(config, backend, communicator.size()));
 }
 
 }  // namespace
@@ -78,7 +81,8 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       data_(config.data.train, config.data.seq_len, model_.vocab, config.run.seed),
       backend_(open_device(config.run.device)),
       device_communicator_(make_device_communicator(communicator, *backend_)),
-      memory_(open_memory(config, *backend_, device_communicator_ ? *device_communicator_ : communicator)),
+      memory_(open_memory(config, *backend_, device_communicator_ ? *device_communicator_ : communicator,
+                          options.write_files)),
       micro_(memory_.micro),
       train_(record_train_plan(plan_options(config, memory_, *backend_, communicator.size()),
                                device_communicator_ ? *device_communicator_ : communicator)),
