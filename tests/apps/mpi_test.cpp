@@ -38,6 +38,20 @@ TEST_CASE("one, two, three and four ranks give the same losses over 50 steps", "
   }
 }
 
+TEST_CASE("ranks that update in backward give the weights of updates after it, bit for bit", "[mpi]") {
+  const Workspace at;
+  const std::string train = launch(2) +
+                            "train DIR/c.yaml --quiet schedule.total_steps=20 batch.micro=6 "
+                            "optimizer.clip_norm=0 optimizer.kind=fira ";
+  for (const std::string update : {"after_backward", "in_backward"}) {
+    const Outcome outcome = at(train + "memory.update=" + update + " run.dir=DIR/" + update);
+    INFO(outcome.text);
+    REQUIRE(outcome.code == 0);
+  }
+  for (const std::string file : {"model.safetensors", "optimizer-00000-of-00001.safetensors"})
+    CHECK(at("cmp DIR/after_backward/step_00000020/" + file + " DIR/in_backward/step_00000020/" + file).code == 0);
+}
+
 TEST_CASE("ranks resume bitwise, and an error on the ranks ends the launch with its code", "[mpi]") {
   const Workspace at;
   const std::string train = launch(2) + "train DIR/c.yaml --quiet ";

@@ -97,6 +97,76 @@ TEST_CASE("what the update phase reads survives repeated micro-batches") {
   CHECK(repeated.arena_bytes >= once.arena_bytes);
 }
 
+/// y = x w with its gradient rules; enough to have gradients of parameters in a plan.
+class Product final : public Op {
+ public:
+  std::string_view name() const override { return "test_product"; }
+  std::vector<TensorSpec> infer(std::span<const TensorSpec> in) const override { return {in[0]}; }
+  void gradient(GradientContext& context) const override {
+    const auto sum = std::make_shared<Sum>(4, 0.0f, 0);
+    const ValueId dy = context.grad_out(0).valid() ? context.grad_out(0) : context.out(0);
+    if (context.needs_gradient(0)) context.set_grad_in(0, context.add(sum, {dy}, "dx")[0]);
+    if (context.needs_gradient(1)) context.set_grad_in(1, context.add(sum, {dy}, "dw")[0]);
+  }
+  void run_cpu(const KernelArgs&) const override {}
+};
+
+/// Changes its first input.
+class Change final : public Op {
+ public:
+  std::string_view name() const override { return "test_change"; }
+  std::vector<TensorSpec> infer(std::span<const TensorSpec>) const override { return {}; }
+  std::vector<int> mutates() const override { return {0}; }
+  void run_cpu(const KernelArgs&) const override {}
+};
+
+TEST_CASE("an update moves up behind the last node that it depends on, to the next gradient of a parameter") {
+  Plan plan;
+  const ValueId x = plan.external("x", {{4}, DType::f32}, Role::input);
+  std::vector<ValueId> w, y{x};
+  for (int i = 0; i < 3; ++i) {
+    w.push_back(plan.external(fmt::format("w{}", i), {{4}, DType::f32}, Role::parameter));
+    y.push_back(plan.add1(std::make_shared<Product>(), {y.back(), w.back()}, fmt::format("y{}", i)));
+  }
+  plan.backward(y.back());
+  auto names = [&] {
+    std::string all;
+    for (const Node& node : plan.nodes())
+      all += (node.out.empty() ? fmt::format("change {}", plan.value(node.in[0]).name) : plan.value(node.out[0]).name) +
+             "; ";
+    return all;
+  };
+  // The product's gradients of layer 2, 1, 0; the first has none to x.
+  const std::string before = names();
+  auto position = [&](ValueId written) {
+    for (std::size_t n = 0; n < plan.nodes().size(); ++n)
+      for (const ValueId id : plan.nodes()[n].out)
+        if (id == written) return n;
+    return plan.nodes().size();
+  };
+  auto update = [&](std::size_t i) {
+    plan.add(std::make_shared<Change>(), {w[i], plan.gradient(w[i])}, "update");
+    plan.move_up();
+  };
+  update(2);
+  INFO(before << " -> " << names());
+  // w2 is read by its product in the forward part alone, so its gradient is the last dependence.
+  const std::size_t second = position(plan.gradient(w[2]));
+  std::size_t found = 0;
+  for (std::size_t n = 0; n < plan.nodes().size(); ++n)
+    if (plan.nodes()[n].out.empty()) found = n;
+  CHECK(found > second);
+  CHECK(found < position(plan.gradient(w[1])));
+  CHECK(plan.is_parameter_gradient(plan.nodes()[found + 1].out.at(0)));  // nothing but the next gradient follows
+  // What nothing follows stays last, and a node of another phase never passes into this one.
+  update(0);
+  CHECK(plan.nodes().back().out.empty());
+  CHECK(plan.nodes().back().in[0] == w[0]);
+  plan.set_phase(Phase::update);
+  update(1);
+  CHECK(plan.nodes().back().in[0] == w[1]);
+}
+
 TEST_CASE("a plan says what is wrong with its use") {
   Plan plan;
   const ValueId x = plan.external("x", {{4}, DType::f32}, Role::input);
