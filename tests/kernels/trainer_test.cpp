@@ -37,41 +37,73 @@ std::string last_line(const std::string& text) {
   return text.substr(begin == std::string::npos ? 0 : begin + 1, end - begin);
 }
 
+/// A run that never stops beside one that is saved at step 7 and goes on in another trainer.
+void check_resume(const Config& config, const Scratch& scratch) {
+  const auto communicator = make_local_communicator();
+  Trainer whole(config, *communicator, {.quiet = true, .write_files = false});
+  const TrainSummary summary = whole.run();
+  REQUIRE(summary.valid_loss.has_value());
+  CHECK(*summary.valid_loss < 6.8);  // log(1000) is 6.9
+
+  Config split = config;
+  split.run.dir = (scratch / "split").string();
+  {
+    Trainer part(split, *communicator, {.quiet = true});
+    for (int i = 0; i < 7; ++i) part.step();
+    save_checkpoint(fs::path(split.run.dir) / checkpoint_name(7),
+                    {.weights = part.weights(), .states = part.states(), .config = to_json(split), .tokenizer = {}},
+                    part.at());
+  }
+  Trainer resumed(split, *communicator, {.quiet = true});
+  REQUIRE(resumed.resume_latest());
+  CHECK(resumed.at().step == 7);
+  const TrainSummary end = resumed.run();
+  CHECK(bytes_of(resumed) == bytes_of(whole));
+  // The last step is collected too: logged, and evaluated whatever the cadence.
+  const Json last = Json::parse(last_line(read_text(fs::path(split.run.dir) / "metrics.jsonl")));
+  CHECK(last.at("step") == end.at.step);
+  CHECK(last.at("valid_loss") == *end.valid_loss);
+  CHECK(end.at.step == config.schedule.total_steps);
+
+  Trainer other(config, *communicator, {.quiet = true, .write_files = false});
+  other.step();
+  CHECK(bytes_of(other) != bytes_of(whole));
+}
+
 TEST_CASE("save and resume on the GPU is bitwise the same as never stopping", "[gpu]") {
   for (const std::string weights : {"fp32", "bf16_sr"}) {
     INFO(weights);
     const Scratch scratch;
-    const auto communicator = make_local_communicator();
-    const Config config = make_config(scratch, weights);
-    Trainer whole(config, *communicator, {.quiet = true, .write_files = false});
-    const TrainSummary summary = whole.run();
-    REQUIRE(summary.valid_loss.has_value());
-    CHECK(*summary.valid_loss < 6.8);  // log(1000) is 6.9
-
-    Config split = config;
-    split.run.dir = (scratch / "split").string();
-    {
-      Trainer part(split, *communicator, {.quiet = true});
-      for (int i = 0; i < 7; ++i) part.step();
-      save_checkpoint(fs::path(split.run.dir) / checkpoint_name(7),
-                      {.weights = part.weights(), .states = part.states(), .config = to_json(split), .tokenizer = {}},
-                      part.at());
-    }
-    Trainer resumed(split, *communicator, {.quiet = true});
-    REQUIRE(resumed.resume_latest());
-    CHECK(resumed.at().step == 7);
-    const TrainSummary end = resumed.run();
-    CHECK(bytes_of(resumed) == bytes_of(whole));
-    // The last step is collected too: logged, and evaluated whatever the cadence.
-    const Json last = Json::parse(last_line(read_text(fs::path(split.run.dir) / "metrics.jsonl")));
-    CHECK(last.at("step") == end.at.step);
-    CHECK(last.at("valid_loss") == *end.valid_loss);
-    CHECK(end.at.step == config.schedule.total_steps);
-
-    Trainer other(config, *communicator, {.quiet = true, .write_files = false});
-    other.step();
-    CHECK(bytes_of(other) != bytes_of(whole));
+    check_resume(make_config(scratch, weights), scratch);
   }
+}
+
+TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every precision of states and gradients",
+          "[gpu]") {
+  struct Case {
+    OptimizerKind kind;
+    StatePrecision states;
+  };
+  for (const Case& c : {Case{OptimizerKind::adamw, StatePrecision::bf16},
+                        {OptimizerKind::adam8bit, StatePrecision::int8},
+                        {OptimizerKind::galore, StatePrecision::fp32},
+                        {OptimizerKind::fira, StatePrecision::bf16},
+                        {OptimizerKind::fira_plus, StatePrecision::fp32},
+                        {OptimizerKind::fira_plus, StatePrecision::bf16},
+                        {OptimizerKind::apollo, StatePrecision::fp32}})
+    for (const std::int64_t micro : {3, 12}) {  // gradients in f32 and in bf16
+      INFO(to_string(c.kind) << ", states " << to_string(c.states) << ", micro-batch " << micro);
+      const Scratch scratch;
+      Config config = make_config(scratch, "fp32");
+      config.model.ffn = 256;  // 8-bit states take no padding
+      config.model.vocab = 1024;
+      config.batch.micro = micro;
+      config.optimizer.kind = c.kind;
+      config.optimizer.states = c.states;
+      config.optimizer.rank = 16;
+      config.optimizer.refresh = 3;
+      check_resume(config, scratch);
+    }
 }
 
 }  // namespace
