@@ -73,6 +73,16 @@ struct Updates {
   }
 };
 
+/// The same weights for both, masters on the device.
+std::vector<float> start_weights(Updates& device, Updates& host) {
+  const std::vector<float> start = normals(kRows * kColumns, 1, 0.02);
+  const Halves halves = split(start);
+  device.w.set(halves.high);
+  device.low.set(halves.low);
+  host.w.set(start);
+  return start;
+}
+
 /// To bf16.
 std::vector<float> rounded(std::vector<float> values) {
   for (float& x : values) x = to_float(to_bfloat16(x));
@@ -89,11 +99,7 @@ TEST_CASE("AdamW with masters on the GPU follows the CPU's f32 over 20 steps", "
     const bool half = form == AdamForm::pytorch;  // gradients in bf16
     Updates device(*gpu, options(form), true, half), host(cpu_backend(), options(form), false);
     CHECK(device.executor->packing().groups.size() == 1);  // both in one launch
-    const std::vector<float> start = normals(kRows * kColumns, 1, 0.02);
-    const Halves halves = split(start);
-    device.w.set(halves.high);
-    device.low.set(halves.low);
-    host.w.set(start);
+    const std::vector<float> start = start_weights(device, host);
     for (int step = 1; step <= 20; ++step) {
       std::vector<float> gradient = normals(kRows * kColumns, static_cast<std::uint64_t>(10 + step), 1e-3);
       if (half) gradient = rounded(gradient);
@@ -127,11 +133,7 @@ TEST_CASE("AdamW with 8-bit states on the GPU follows the CPU's", "[gpu]") {
   AdamUpdate::Options o = options(AdamForm::pytorch);
   o.states = StatePrecision::int8;
   Updates device(*gpu, o, true), host(cpu_backend(), o, false);
-  const std::vector<float> start = normals(kRows * kColumns, 1, 0.02);
-  const Halves halves = split(start);
-  device.w.set(halves.high);
-  device.low.set(halves.low);
-  host.w.set(start);
+  start_weights(device, host);
   for (int step = 1; step <= 5; ++step) {
     std::vector<float> gradient = normals(kRows * kColumns, static_cast<std::uint64_t>(10 + step), 1e-3);
     std::fill(gradient.begin() + 512, gradient.begin() + 1024, 0.0f);  // blocks of zeros

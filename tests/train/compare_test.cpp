@@ -3,18 +3,10 @@
 #include <cmath>
 
 #include "catch.h"
+#include "train/small_config.h"
 
 namespace kiln::test {
 namespace {
-
-Config small_config(const std::string& rest = "") {
-  return parse_config(
-      "run: {dir: unused}\n"
-      "model: {hidden: 64, ffn: 176, heads: 4, layers: 2, vocab: 100}\n"
-      "data: {train: unused.bin, seq_len: 32}\n" +
-          rest,
-      "test.yaml", {});
-}
 
 CompareRow row_of(double lr, double loss) {
   CompareRow row{.name = "fira", .peak_lr = lr, .rank = 8, .seed = 1};

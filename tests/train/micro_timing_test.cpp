@@ -4,20 +4,11 @@
 #include "catch.h"
 #include "io/corpus_fixture.h"
 #include "train/device.h"
+#include "train/small_config.h"
 #include "train/trainer.h"
 
 namespace kiln::test {
 namespace {
-
-Config small_config(const std::string& rest = "") {
-  return parse_config(
-      "run: {dir: unused}\n"
-      "model: {hidden: 64, ffn: 176, heads: 4, layers: 2, vocab: 100}\n"
-      "data: {train: unused.bin, seq_len: 32}\n"
-      "batch: {sequences: 64}\n" +
-          rest,
-      "test.yaml", {});
-}
 
 /// Times 8 sequences best, unless `flat`; counts its calls.
 struct FakeTimer {
