@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "base/rng.h"
 #include "graph/parameter.h"
 #include "kernels/adam_moments.cuh"
 #include "kernels/context.h"
@@ -19,6 +20,7 @@ struct Target {
   std::uint16_t* low;  // lower halves of the f32 masters; null: stochastic rounding
   const void* g;
   MomentPointers moments;
+  std::uint64_t stream;  // of the weights' stochastic rounding
   std::int64_t n;
   double beta1, beta2, weight_decay;
   float eps;
@@ -92,8 +94,12 @@ __global__ void __launch_bounds__(kThreads)
       w.value.v[k] = c.after * (c.before * w.value.v[k] - c.rate * m.v[k] / (sqrtf(v.v[k]) / c.root + t.eps));
     }
     access.store(t.moments, i, m, v, key);
-    w.store(t.w, t.low, i, key, t.moments.stream);
+    w.store(t.w, t.low, i, key, t.stream);
   }
+}
+
+std::uint64_t state_stream(const AdamUpdate& op, std::string_view state) {
+  return stream_of(fmt::format("{}.{}", op.parameter().name, state).c_str());
 }
 
 /// All neighbouring Adam updates of a plan in one launch.
@@ -124,7 +130,9 @@ class AdamKernel final : public Kernel {
                                      .second = a.states[coded ? 2 : 1].data,
                                      .first_scale = coded ? a.states[1].as<float>() : nullptr,
                                      .second_scale = coded ? a.states[3].as<float>() : nullptr,
-                                     .stream = ops_[i]->stream()},
+                                     .first_stream = state_stream(*ops_[i], "exp_avg"),
+                                     .second_stream = state_stream(*ops_[i], "exp_avg_sq")},
+                         .stream = ops_[i]->stream(),
                          .n = n,
                          .beta1 = o.beta1,
                          .beta2 = o.beta2,

@@ -7,9 +7,9 @@ namespace kiln::cuda {
 
 /// The moments of one parameter.
 struct MomentPointers {
-  void *first, *second;               // f32, bf16 or codes of 8 bits
-  float *first_scale, *second_scale;  // of each kStateBlock codes
-  std::uint64_t stream;               // of stochastic rounding: the weights have it, the moments the next two
+  void *first, *second;                       // f32, bf16 or codes of 8 bits
+  float *first_scale, *second_scale;          // of each kStateBlock codes
+  std::uint64_t first_stream, second_stream;  // of stochastic rounding, as StateStore says
 };
 
 /// f32, or bf16 rounded stochastically.
@@ -21,8 +21,8 @@ struct MomentAccess {
   }
   __device__ static void store(const MomentPointers& p, std::int64_t i, const Float8& m, const Float8& v,
                                std::uint64_t key) {
-    store_state(static_cast<State*>(p.first) + i, m, key, p.stream + 1, i);
-    store_state(static_cast<State*>(p.second) + i, v, key, p.stream + 2, i);
+    store_state(static_cast<State*>(p.first) + i, m, key, p.first_stream, i / 8);
+    store_state(static_cast<State*>(p.second) + i, v, key, p.second_stream, i / 8);
   }
 };
 
