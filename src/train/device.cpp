@@ -1,6 +1,7 @@
 #include "train/device.h"
 
 #include "dist/communicator.h"
+#include "train/train_plan.h"
 #ifdef KILN_WITH_CUDA
 #include "kernels/cuda_backend.h"
 #endif
@@ -72,6 +73,11 @@ StorageLayout training_layout(const Backend& backend, GradientPrecision asked, i
   const bool half = asked == GradientPrecision::bf16 ||
                     (asked == GradientPrecision::automatic && !backend.is_host() && micro_batches == 1 && ranks == 1);
   if (half) layout.linear_gradients = DType::bf16;
+  return layout;
+}
+
+StorageLayout layout_for_codes(const LlamaConfig& model, const OptimizerOptions& optimizer, StorageLayout layout) {
+  if (layout.multiple > 8 && !padded_codes(model, *make_optimizer(optimizer), layout).empty()) layout.multiple = 8;
   return layout;
 }
 

@@ -35,6 +35,9 @@ StorageLayout storage_layout(const Backend& backend);
 /// The same with the dtype of a step's gradients that a configuration asks for; bf16 is a usage Error on the
 /// CPU and on several ranks.
 StorageLayout training_layout(const Backend& backend, GradientPrecision asked, int micro_batches, int ranks);
+/// Less padding where `layout` would cut the model's 8-bit states into other blocks than files have: to eights, which
+/// is the least that kernels take.
+StorageLayout layout_for_codes(const LlamaConfig& model, const OptimizerOptions& optimizer, StorageLayout layout);
 /// f32 masters, of which bf16 weights are the upper halves; the CPU's weights are f32 themselves.
 bool keeps_masters(const Config& config, const Backend& backend);
 

@@ -16,10 +16,10 @@ std::uint64_t input_bytes(const LlamaConfig& model, std::int64_t tokens, std::in
   return ints + static_cast<std::uint64_t>(positions * model.head_dim) * sizeof(float) + scalars_spec().bytes();
 }
 
-std::uint64_t evaluation_bytes(const Config& config, const LlamaConfig& model, std::int64_t sequences,
+std::uint64_t evaluation_bytes(const Config& config, const TrainPlanOptions& train, std::int64_t sequences,
                                const Backend& backend) {
   Plan plan;
-  record_llama(plan, model, storage_layout(backend), {.sequences = sequences, .seq_len = config.data.seq_len},
+  record_llama(plan, train.model, train.layout, {.sequences = sequences, .seq_len = config.data.seq_len},
                LlamaOutput::losses, config.data.seq_len);
   return pack(plan, 1, backend).arena_bytes;
 }
@@ -65,12 +65,15 @@ MemoryChoice configured_memory(const Config& config, int ranks, const Backend& b
 
 TrainPlanOptions plan_options(const Config& config, const MemoryChoice& choice, const Backend& backend, int ranks) {
   const auto micro_batches = static_cast<int>(rank_share(config, ranks) / choice.micro.sequences);
-  return {.model = model_config(config),
-          .optimizer = optimizer_options(config),
+  const LlamaConfig model = model_config(config);
+  const OptimizerOptions optimizer = optimizer_options(config);
+  const StorageLayout layout = training_layout(backend, config.precision.gradients, micro_batches, ranks);
+  return {.model = model,
+          .optimizer = optimizer,
           .micro = choice.micro,
           .micro_batches = micro_batches,
           .clip_norm = config.optimizer.clip_norm,
-          .layout = training_layout(backend, config.precision.gradients, micro_batches, ranks),
+          .layout = layout_for_codes(model, optimizer, layout),
           .recompute = choice.recompute,
           .masters = keeps_masters(config, backend),
           .update_in_backward = config.memory.update == UpdatePlacement::in_backward};
@@ -89,7 +92,7 @@ PackedMemory packed_memory(const Config& config, const MemoryChoice& choice, con
                       .peak_activations = peak(Role::activation),
                       .peak_workspace = peak(Role::workspace)};
   const std::int64_t length = config.data.seq_len, eval = config.eval.micro.value_or(choice.micro.sequences);
-  if (!config.data.valid.empty()) memory.evaluation = evaluation_bytes(config, options.model, eval, backend);
+  if (!config.data.valid.empty()) memory.evaluation = evaluation_bytes(config, options, eval, backend);
   if (backend.is_host()) return memory;
   memory.inputs = backend.staging_bytes() +
                   input_bytes(options.model, rank_share(config, communicator.size()) * length, length) +

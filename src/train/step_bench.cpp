@@ -37,7 +37,7 @@ struct Bench {
         train(std::move(plan)),
         weights(o.model, DType::f32),
         states(weights.table(), *train.optimizer),
-        device_weights(weights, storage_layout(backend), !train.lows.empty(), backend),
+        device_weights(weights, train.layout, !train.lows.empty(), backend),
         device_states(train, states, backend),
         inputs(backend, o.model, device_weights.layout(), o.batch.tokens() * o.micro_batches, o.batch.seq_len),
         executor(train.plan, o.micro_batches, backend),
@@ -118,16 +118,17 @@ StepBench bench_step(const StepBenchOptions& o) {
 
 StepBench bench_step(const StepBenchOptions& o, Backend& backend) {
   const auto communicator = make_local_communicator();
-  TrainPlan plan = record_train_plan({.model = o.model,
-                                      .optimizer = o.optimizer,
-                                      .micro = o.batch,
-                                      .micro_batches = o.micro_batches,
-                                      .clip_norm = o.clip_norm,
-                                      .layout = training_layout(backend, o.gradients, o.micro_batches, 1),
-                                      .recompute = o.recompute,
-                                      .masters = o.masters && !backend.is_host(),
-                                      .update_in_backward = o.update_in_backward},
-                                     *communicator);
+  TrainPlan plan = record_train_plan(
+      {.model = o.model,
+       .optimizer = o.optimizer,
+       .micro = o.batch,
+       .micro_batches = o.micro_batches,
+       .clip_norm = o.clip_norm,
+       .layout = layout_for_codes(o.model, o.optimizer, training_layout(backend, o.gradients, o.micro_batches, 1)),
+       .recompute = o.recompute,
+       .masters = o.masters && !backend.is_host(),
+       .update_in_backward = o.update_in_backward},
+      *communicator);
   Bench bench(o, backend, std::move(plan));
   for (int i = 0; i < 3; ++i) bench.step(o.micro_batches, true);
   backend.synchronize();

@@ -27,16 +27,16 @@ void check_in_backward(const TrainPlanOptions& options) {
 /// that share a scale.
 void check_padding(const TrainPlanOptions& options, const Optimizer& optimizer, const ParameterTable& padded) {
   if (options.layout.multiple == 1) return;
+  const std::string coded = padded_codes(options.model, optimizer, options.layout);
+  check(coded.empty(),
+        "{}: stored with sizes that are multiples of {} on this device, where its 8-bit states would have other "
+        "blocks; use "
+        "such sizes, optimizer.states: fp32 or bf16, or train on the CPU",
+        coded, options.layout.multiple);
   const ParameterTable table = llama_parameters(options.model, DType::f32);
   for (std::size_t p = 0; p < table.parameters.size(); ++p) {
     const Shape &mine = table.parameters[p].shape, &stored = padded.parameters[p].shape;
     if (mine == stored) continue;
-    for (const StateSpec& state : optimizer.states(padded.parameters[p]))
-      check(state.spec.dtype != DType::u8,
-            "{}: {} is stored as {} on this device, and 8-bit states of it have other blocks; use sizes that are "
-            "multiples "
-            "of {}, optimizer.states: fp32 or bf16, or train on the CPU",
-            table.parameters[p].name, mine.str(), stored.str(), options.layout.multiple);
     if (!table.parameters[p].low_rank || !has_rank(options.optimizer.kind)) continue;
     const auto rank = [&](const Shape& shape) { return std::min({options.optimizer.rank, shape[0], shape[1]}); };
     check(projection_side(mine) == projection_side(stored) && rank(mine) == rank(stored),
@@ -123,6 +123,16 @@ class UpdateRecorder {
 
 }  // namespace
 
+std::string padded_codes(const LlamaConfig& model, const Optimizer& optimizer, const StorageLayout& layout) {
+  const ParameterTable own = llama_parameters(model, DType::f32), stored = llama_parameters(model, layout);
+  for (std::size_t p = 0; p < own.parameters.size(); ++p) {
+    if (own.parameters[p].shape == stored.parameters[p].shape) continue;
+    for (const StateSpec& state : optimizer.states(stored.parameters[p]))
+      if (state.spec.dtype == DType::u8) return own.parameters[p].name;
+  }
+  return "";
+}
+
 std::size_t TrainPlan::parameter_bytes() const {
   std::size_t total = 0;
   for (const Storage& storage : table.storages)
@@ -145,6 +155,7 @@ TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& commu
         "auto or fp32",
         options.micro_batches);
   TrainPlan train{.plan = {},
+                  .layout = options.layout,
                   .table = llama_parameters(options.model, options.layout),
                   .optimizer = make_optimizer(options.optimizer),
                   .values = {},

@@ -27,6 +27,7 @@ struct TrainPlanOptions {
 /// trainer binds and runs it.
 struct TrainPlan {
   Plan plan;
+  StorageLayout layout = DType::f32;
   ParameterTable table;  // in the layout's sizes
   std::unique_ptr<Optimizer> optimizer;
   LlamaValues values;
@@ -37,6 +38,10 @@ struct TrainPlan {
   std::size_t parameter_bytes() const;
   std::size_t state_bytes() const;
 };
+
+/// The first parameter whose 8-bit states padding would cut into other blocks than files have; empty when there is
+/// none.
+std::string padded_codes(const LlamaConfig& model, const Optimizer& optimizer, const StorageLayout& layout);
 
 /// Records the plan; every rank records the same one. The communicator must outlive it.
 TrainPlan record_train_plan(const TrainPlanOptions& options, Communicator& communicator);

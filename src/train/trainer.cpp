@@ -88,7 +88,7 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
                                device_communicator_ ? *device_communicator_ : communicator)),
       weights_(model_, DType::f32),
       states_(weights_.table(), *train_.optimizer),
-      device_weights_(weights_, storage_layout(*backend_), keeps_masters(config, *backend_), *backend_),
+      device_weights_(weights_, train_.layout, keeps_masters(config, *backend_), *backend_),
       device_states_(train_, states_, *backend_),
       tokens_(static_cast<std::size_t>(config.batch.sequences / communicator.size() * config.data.seq_len)),
       targets_(tokens_.size()),

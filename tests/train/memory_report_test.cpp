@@ -291,6 +291,13 @@ TEST_CASE("A plan for a GPU needs none", "[memory_report]") {
     INFO(to_string(refused.kind) << ": " << refused.reason);
     CHECK((refused.reason.find("cuda: ") == 0 || refused.reason.find("8-bit states") != std::string::npos));
   }
+  // 8-bit states have the blocks of the unpadded weights: ffn 1376 is then stored as it is, not as 1408.
+  Config coded = config;
+  coded.optimizer.kind = OptimizerKind::adam8bit;
+  CHECK(plan_options(config, choice, *gpu, 1).layout.multiple == 64);
+  CHECK(plan_options(coded, choice, *gpu, 1).layout.multiple == 8);
+  coded.model.ffn = 1408;
+  CHECK(plan_options(coded, choice, *gpu, 1).layout.multiple == 64);
   config.optimizer.rank = 100;  // kernels take eights
   const MemoryReport odd = memory_report(config, *communicator, *gpu);
   for (const OptimizerMemory& memory : odd.optimizers) CHECK_FALSE(has_rank(memory.kind));
