@@ -82,6 +82,7 @@ class Averages {
   void add(const std::vector<Sample>& samples, const ModelWeights& weights);
   void round(Window& window);
   void hand_over(Window& window);
+  bool failed() const;
   void wait();
   std::span<double> sums_of(Window& window, std::size_t parameter) const;
 
