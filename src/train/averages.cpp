@@ -178,7 +178,8 @@ void Averages::evaluate(std::size_t index, const std::function<void(const Finish
 }
 
 bool Averages::failed() const {
-  return std::ranges::any_of(windows_, [](const Window& window) { return window.writer && window.writer->failed(); });
+  return (worker_ && worker_->failed()) ||
+         std::ranges::any_of(windows_, [](const Window& window) { return window.writer && window.writer->failed(); });
 }
 
 /// The writers belong to worker_'s thread while a job of it is under way (round() and hand_over() wait and post there),

@@ -32,7 +32,7 @@ Json provenance(const FinishedAverage& average);
 /// adds them up, and rounds the mean of a window that is complete, while the device trains on. A mean lies in memory of
 /// its own and is written by a thread of its window, after its evaluation where its loss is asked for (`eval: true` and
 /// data.valid), so that the window goes on at once. What goes wrong on these threads is thrown by the next take(),
-/// settle() or save().
+/// also where no window is due, or by settle() or save().
 ///
 /// paper  the merges of arXiv:2505.12082 without their snapshots
 class Averages {

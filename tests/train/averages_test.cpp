@@ -356,6 +356,22 @@ TEST_CASE("behind a mean that is lost no other is written while its thread is at
   CHECK(disks.asked_of_second == 1);
 }
 
+TEST_CASE("what the thread that adds up runs into ends the run at its next step, due or not") {
+  const Run run("[{every: 4, count: 1, start: 1, eval: false}]");
+  const ModelWeights host(model_config(run.config), DType::f32);
+  initialise(host, 7);
+  const DeviceWeights copied(host, StorageLayout(DType::bf16, 64), true, cpu_backend());
+  copied.push();
+  TwoDisks disks;
+  Averages averages(run.config, copied, true, [&](const FinishedAverage& mean) { disks.write(mean, "4x1"); });
+  averages.take({.step = 4});
+  averages.take({.step = 8});
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // that thread waits for the write, and takes its error
+  disks.open(disks.second_open);
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  CHECK_THROWS_WITH(until_it_fails(averages), "disk full");
+}
+
 TEST_CASE("a mean that is not finite is not written, and is told when means are settled") {
   const Run run("[{every: 1, count: 2, start: 1, eval: false}]");
   const ModelWeights host(model_config(run.config), DType::f32);
