@@ -113,7 +113,11 @@ class HeldOut {
         backend_(open_device(device)) {}
   std::string precision() const { return storage_layout(*backend_).dtype == DType::f32 ? "f32" : "bf16"; }
 
-  /// All that a model's losses depend on besides its weights.
+  /// What a model's losses depend on besides its weights: the program, the device by its name, precision, model, passes
+  /// and tokens. Not told apart are the libraries that the program loads and, on a GPU, the algorithms of its GEMMs:
+  /// neither the plans, of which the evaluation itself times those that are missing, nor cuBLASLt's version. Losses of
+  /// one identity are the same bits as long as those libraries stay and, on a GPU, the file of GEMM plans; without them
+  /// they are equal up to the rounding of another algorithm.
   Json identity() const {
     return {{"program", hash_file("/proc/self/exe")},
             {"device", backend_->name()},

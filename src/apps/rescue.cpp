@@ -40,7 +40,6 @@ void merge_before(const Config& config, const Divergence& divergence, const std:
                    {"rescues", at.rescues + 1},
                    {"rescued_from", {{"step", at.step}, {"reason", divergence.what()}}}};
   merge_checkpoints(options);
-  log_warning("{}", divergence.what());
   log_warning(
       "rescue {} of {}: {} is the mean of {} checkpoint{}, steps {} to {}, with optimizer states {}; training goes on "
       "after step {} at sample {}, {} batches behind the start of the offending one",
@@ -76,8 +75,11 @@ fs::path rescue(const Config& config, const Divergence& divergence, Communicator
          divergence.what(), config.checkpoint.every);
   const fs::path out = fs::path(config.run.dir) / fmt::format("rescue_{:08}", at.step);
   if (communicator.rank() == 0) {
-    merge_before(config, divergence, checkpoints, out);
+    log_warning("{}", divergence.what());
+    // Before the merge, so that no kill leaves it beside them: until it stands, a resume from the newest checkpoint
+    // writes them again bit for bit.
     remove_dropped(config, checkpoint_step(checkpoints.back()).value());
+    merge_before(config, divergence, checkpoints, out);
   }
   communicator.barrier();
   return out;

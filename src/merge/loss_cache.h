@@ -15,7 +15,9 @@ namespace kiln {
 /// has changed since are thus never found. Files are written whole or not at all.
 class LossCache {
  public:
-  /// `held_out` must tell apart any two ways to evaluate one model that may differ in a bit.
+  /// `held_out` must tell apart any two ways to evaluate one model that differ by more than the rounding of another
+  /// order of sums. Those that it does not tell apart share their losses, which are then equal up to that rounding: a
+  /// caller whose `held_out` leaves some out says which.
   LossCache(std::filesystem::path directory, Json held_out);
 
   /// Nothing when they are not known, or the file is damaged (with a warning). The inputs must have been opened with

@@ -139,8 +139,7 @@ void Averages::hand_over(Window& window) {
 }
 
 std::optional<double> Averages::take(const RunPosition& at) {
-  for (Window& window : windows_)
-    if (window.writer && window.writer->failed()) window.writer->wait();
+  if (failed()) wait();
   std::vector<Window*> all;
   for (Window& window : windows_)
     if (due(window, at.step)) all.push_back(&window);
@@ -178,6 +177,13 @@ void Averages::evaluate(std::size_t index, const std::function<void(const Finish
   if (keeps_sums_) hand_over(window);
 }
 
+bool Averages::failed() const {
+  return (worker_ && worker_->failed()) ||
+         std::ranges::any_of(windows_, [](const Window& window) { return window.writer && window.writer->failed(); });
+}
+
+/// The writers belong to worker_'s thread while a job of it is under way (round() and hand_over() wait and post there),
+/// so worker_ comes first. An error of a writer that its job runs into ends that job, and no mean follows a lost one.
 void Averages::wait() {
   if (worker_) worker_->wait();
   for (const Window& window : windows_)

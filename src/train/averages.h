@@ -32,7 +32,7 @@ Json provenance(const FinishedAverage& average);
 /// adds them up, and rounds the mean of a window that is complete, while the device trains on. A mean lies in memory of
 /// its own and is written by a thread of its window, after its evaluation where its loss is asked for (`eval: true` and
 /// data.valid), so that the window goes on at once. What goes wrong on these threads is thrown by the next take(),
-/// settle() or save().
+/// also where no window is due, or by settle() or save().
 ///
 /// paper  the merges of arXiv:2505.12082 without their snapshots
 class Averages {
@@ -82,6 +82,7 @@ class Averages {
   void add(const std::vector<Sample>& samples, const ModelWeights& weights);
   void round(Window& window);
   void hand_over(Window& window);
+  bool failed() const;
   void wait();
   std::span<double> sums_of(Window& window, std::size_t parameter) const;
 

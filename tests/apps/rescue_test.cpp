@@ -104,6 +104,47 @@ TEST_CASE("snapshots and averages of the steps that a rescue drops are removed")
   CHECK(behind > 0);
 }
 
+TEST_CASE("no merge stands beside snapshots and averages of the steps that it drops") {
+  const Spiky at;
+  const std::string windows =
+      "rescue.limit=20 checkpoint.every=8 snapshots.every=1 'averages=[{every: 1, count: 2, eval: false}]' "
+      "run.dir=DIR/";
+  REQUIRE(at.train(windows + "run").code == 0);
+  const std::vector<fs::path> found = rescues(at.dir / "run");
+  REQUIRE_FALSE(found.empty());
+  const Json state = read_json(found[0] / "state.json");
+  const auto step = state.at("step").get<std::int64_t>();
+  REQUIRE(state.at("rescued_from").at("step").get<std::int64_t>() > step + 2);
+
+  // The same run, where the merge of the first rescue finds a damaged input, and thus never ends.
+  REQUIRE(at.train(windows + "again schedule.total_steps=" + std::to_string(step)).code == 0);
+  const fs::path again = at.dir / "again", input = again / checkpoint_name(step - 8) / "model.safetensors";
+  fs::copy_file(input, at.dir / "whole");
+  std::fstream(input, std::ios::in | std::ios::out | std::ios::binary).seekp(-4, std::ios::end).write("bits", 4);
+  const Outcome stopped = at.train(windows + "again");
+  INFO(stopped.text);
+  CHECK(stopped.code == 3);
+  CHECK_THAT(stopped.text, ContainsSubstring("again/snapshots: ") && ContainsSubstring("of steps that are dropped"));
+  CHECK(rescues(again).empty());
+  const char* homes[] = {"snapshots", "averages/window_1x2"};
+  for (const char* home : homes) {
+    const std::vector<fs::path> left = list_checkpoints(again / home);
+    REQUIRE_FALSE(left.empty());
+    CHECK(checkpoint_step(left.back()).value() <= step);
+  }
+
+  // A plain resume writes them again, and comes to what the undisturbed run came to.
+  fs::copy_file(at.dir / "whole", input, fs::copy_options::overwrite_existing);
+  REQUIRE(at.train(windows + "again").code == 0);
+  CHECK(fingerprint(again / "step_00000120") == fingerprint(at.dir / "run/step_00000120"));
+  for (const char* home : homes) {
+    const std::vector<fs::path> whole = list_checkpoints(at.dir / "run" / home), same = list_checkpoints(again / home);
+    REQUIRE(same.size() == whole.size());
+    for (std::size_t i = 0; i < whole.size(); ++i)
+      CHECK(hash_file(same[i] / "model.safetensors") == hash_file(whole[i] / "model.safetensors"));
+  }
+}
+
 TEST_CASE("rescues end at their limit, also over resumes, and without a checkpoint there is none") {
   const Spiky at;
   const Outcome first = at.train("rescue.limit=1 schedule.total_steps=2000");

@@ -288,6 +288,14 @@ TEST_CASE("a mean is written while its window goes on, and a checkpoint waits fo
   }
 }
 
+/// Steps on which no window of even steps is due, until one throws.
+void until_it_fails(Averages& averages) {
+  for (int i = 0; i < 1000; ++i) {
+    averages.take({.step = 11});
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+}
+
 TEST_CASE("a mean that cannot be written ends the run with its name, and no checkpoint claims it") {
   const Run run("[{every: 2, count: 4, eval: false}]");
   fs::create_directories(run.dir / "run/averages");
@@ -303,13 +311,65 @@ TEST_CASE("a mean that cannot be written ends the run with its name, and no chec
   const DeviceWeights weights(host);
   Averages averages(run.config, weights, true, [](const FinishedAverage&) { fail(ExitCode::resource, "disk full"); });
   for (const std::int64_t step : {4, 6, 8, 10}) averages.take({.step = step});
-  const auto until_it_fails = [&] {
-    for (int i = 0; i < 1000; ++i) {
-      averages.take({.step = 11});  // not due
-      std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    }
-  };
-  CHECK_THROWS_WITH(until_it_fails(), "disk full");
+  CHECK_THROWS_WITH(until_it_fails(averages), "disk full");
+}
+
+/// Disks of two windows that stall: `first` writes when it is opened, `second` then fails, whenever it is asked.
+struct TwoDisks {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool first_open = false, second_open = false;
+  int asked_of_second = 0;
+
+  void write(const FinishedAverage& average, const std::string& second) {
+    std::unique_lock lock(mutex);
+    if (average.name != second) return changed.wait(lock, [&] { return first_open; });
+    ++asked_of_second;
+    changed.wait(lock, [&] { return second_open; });
+    fail(ExitCode::resource, "disk full");
+  }
+  void open(bool& disk) {
+    const std::lock_guard lock(mutex);
+    disk = true;
+    changed.notify_all();
+  }
+};
+
+TEST_CASE("behind a mean that is lost no other is written while its thread is at work") {
+  const Run run("[{every: 2, count: 1, start: 1, eval: false}, {every: 4, count: 1, start: 1, eval: false}]");
+  const ModelWeights host(model_config(run.config), DType::f32);
+  initialise(host, 7);
+  const DeviceWeights copied(host, StorageLayout(DType::bf16, 64), true, cpu_backend());
+  copied.push();
+  TwoDisks disks;
+  {
+    Averages averages(run.config, copied, true, [&](const FinishedAverage& mean) { disks.write(mean, "4x1"); });
+    averages.take({.step = 4});
+    averages.take({.step = 8});  // its thread waits for the first window's write before it comes to the second's
+    disks.open(disks.second_open);
+    std::jthread later([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      disks.open(disks.first_open);
+    });
+    CHECK_THROWS_WITH(until_it_fails(averages), "disk full");
+  }
+  CHECK(disks.asked_of_second == 1);
+}
+
+TEST_CASE("what the thread that adds up runs into ends the run at its next step, due or not") {
+  const Run run("[{every: 4, count: 1, start: 1, eval: false}]");
+  const ModelWeights host(model_config(run.config), DType::f32);
+  initialise(host, 7);
+  const DeviceWeights copied(host, StorageLayout(DType::bf16, 64), true, cpu_backend());
+  copied.push();
+  TwoDisks disks;
+  Averages averages(run.config, copied, true, [&](const FinishedAverage& mean) { disks.write(mean, "4x1"); });
+  averages.take({.step = 4});
+  averages.take({.step = 8});
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // that thread waits for the write, and takes its error
+  disks.open(disks.second_open);
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  CHECK_THROWS_WITH(until_it_fails(averages), "disk full");
 }
 
 TEST_CASE("a mean that is not finite is not written, and is told when means are settled") {
