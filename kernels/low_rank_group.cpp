@@ -144,18 +144,29 @@ LowRankTable LowRankGroup::with(LowRankWork work, LowRankTable table) const {
   return table;
 }
 
-void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states) {
+void require_matrices(const Nodes& nodes, StatePrecision states) {
   require(nodes.inputs()[0].dtype == DType::bf16, "{}: weights of {}, expected bf16", nodes.node().op->name(),
           to_string(nodes.inputs()[0].dtype));
   require(states != StatePrecision::int8,
-          "optimizer.states: {} for low-rank moments runs on the CPU alone; use fp32 or bf16", to_string(states));
+          "optimizer.states: {} for moments of {} runs on the CPU alone; use fp32 or bf16", to_string(states),
+          nodes.node().op->name());
   for (std::size_t i = 0; i < nodes.group.count; ++i) {
     const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
-    const LowRankGeometry at = low_rank_geometry(parameter, rank);
+    const Shape& shape = parameter.shape;
     require(nodes.inputs(i)[1].dtype == nodes.inputs()[1].dtype, "{}: gradient of {}, expected {} as for {}",
             parameter.name, to_string(nodes.inputs(i)[1].dtype), to_string(nodes.inputs()[1].dtype),
             nodes.op<UpdateOp>().parameter().name);
-    require(at.n % kAlignment == 0 && at.m % kAlignment == 0 && at.rank % kAlignment == 0,
+    require(shape[0] % kAlignment == 0 && shape[1] % kAlignment == 0,
+            "{}: {}, expected multiples of {}; train on the CPU", parameter.name, shape.str(), kAlignment);
+  }
+}
+
+void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states) {
+  require_matrices(nodes, states);
+  for (std::size_t i = 0; i < nodes.group.count; ++i) {
+    const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
+    const LowRankGeometry at = low_rank_geometry(parameter, rank);
+    require(at.rank % kAlignment == 0,
             "{}: {} of rank {}, expected multiples of {}; set optimizer.rank, or train on the CPU", parameter.name,
             parameter.shape.str(), at.rank, kAlignment);
     require(at.rank <= kLargestRefreshRank, "{}: optimizer.rank {}, expected at most {}", parameter.name, at.rank,
