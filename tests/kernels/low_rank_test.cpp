@@ -47,8 +47,10 @@ OptimizerOptions options_of(OptimizerKind kind, std::int64_t rank) {
 void check_steps(Backend& gpu, const OptimizerOptions& options, DType gradients, int steps, double limit,
                  const std::vector<Shape>& shapes = kShapes) {
   Family device(gpu, options, gradients, shapes), host(cpu_backend(), options, gradients, shapes);
-  CHECK(device.executor->packing().groups.size() == 1);                      // all in one kernel's launches
-  const std::size_t stored = options.kind == OptimizerKind::apollo ? 0 : 1;  // states that hold a basis
+  CHECK(device.executor->packing().groups.size() == 1);  // all in one kernel's launches
+  const std::size_t stored = options.kind == OptimizerKind::apollo || options.kind == OptimizerKind::apollo_mini
+                                 ? 0
+                                 : 1;  // states that hold a basis
   start(device, host);
   for (std::size_t i = 0; i < shapes.size() && stored > 0; ++i) {
     // A basis that is orthonormal and not the dominant one, the same on both.
@@ -171,10 +173,27 @@ TEST_CASE("APOLLO on the GPU follows the CPU's f32 through new projections", "[g
   }
 }
 
+TEST_CASE("APOLLO-Mini on the GPU follows the CPU's f32 through new projections", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const DType gradients : {DType::f32, DType::bf16}) {
+    // Dots are f32 of unrounded operands. P is drawn in f32, whose cosine is exact to 2^-24 of its largest.
+    OptimizerOptions options = options_of(OptimizerKind::apollo_mini, 1);
+    options.alpha = 128;
+    options.refresh = 3;
+    check_steps(*gpu, options, gradients, 6, 1e-4);
+    options.refresh = 50;
+    check_steps(*gpu, options, gradients, 2, 1e-4, kLargeShapes);
+    options.stagger = false;
+    options.states = StatePrecision::bf16;  // numbers that differ in the last bit round apart now and then, by 2^-8
+    check_steps(*gpu, options, gradients, 5, 2e-3);
+  }
+}
+
 TEST_CASE("members and states that the GPU has no kernels for are refused", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
   auto refused = [&](const OptimizerOptions& o) { CHECK_THROWS_AS(Family(*gpu, o, DType::f32).step(1), Error); };
-  refused({.kind = OptimizerKind::apollo_mini, .eps = 1e-6, .alpha = 128});
+  refused({.kind = OptimizerKind::apollo_mini, .eps = 1e-6, .alpha = 128, .states = StatePrecision::int8});
+  refused({.kind = OptimizerKind::muon, .states = StatePrecision::int8});
   OptimizerOptions options = options_of(OptimizerKind::fira, 40);
   options.states = StatePrecision::int8;
   refused(options);
