@@ -38,7 +38,8 @@ const std::vector<OpEntry>& entries() {
                                          fira_entry(),
                                          fira_plus_entry(),
                                          apollo_entry(),
-                                         muon_entry()};
+                                         muon_entry(),
+                                         lora_entry()};
   return list;
 }
 

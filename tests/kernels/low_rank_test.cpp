@@ -11,18 +11,6 @@ namespace {
 
 using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-/// Sets a state, rounded to what it holds; returns that.
-std::vector<float> set_values(const DeviceArray& state, const std::vector<float>& values) {
-  if (state.view().dtype() == DType::f32) {
-    state.set(values);
-  } else {
-    std::vector<bfloat16> halves;
-    for (const float x : values) halves.push_back(to_bfloat16(x));
-    state.set(halves);
-  }
-  return values_of(state);
-}
-
 Matrix as_matrix(const std::vector<float>& values, std::int64_t rows, std::int64_t columns) {
   return Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(values.data(), rows,
                                                                                                  columns)
@@ -194,6 +182,7 @@ TEST_CASE("members and states that the GPU has no kernels for are refused", "[gp
   auto refused = [&](const OptimizerOptions& o) { CHECK_THROWS_AS(Family(*gpu, o, DType::f32).step(1), Error); };
   refused({.kind = OptimizerKind::apollo_mini, .eps = 1e-6, .alpha = 128, .states = StatePrecision::int8});
   refused({.kind = OptimizerKind::muon, .states = StatePrecision::int8});
+  refused(options_of(OptimizerKind::lora, 12));
   OptimizerOptions options = options_of(OptimizerKind::fira, 40);
   options.states = StatePrecision::int8;
   refused(options);

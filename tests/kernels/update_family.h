@@ -107,6 +107,18 @@ inline std::vector<float> values_of(const DeviceArray& state) {
   return values;
 }
 
+/// Sets a state, rounded to what it holds; returns that.
+inline std::vector<float> set_values(const DeviceArray& state, const std::vector<float>& values) {
+  if (state.view().dtype() == DType::f32) {
+    state.set(values);
+  } else {
+    std::vector<bfloat16> halves;
+    for (const float x : values) halves.push_back(to_bfloat16(x));
+    state.set(halves);
+  }
+  return values_of(state);
+}
+
 /// A decaying spectrum with noise, so that there is a subspace to find and a residual.
 inline std::vector<float> gradient_of(const Shape& shape, std::size_t matrix, int step) {
   const std::uint64_t seed = 100 * matrix + 7;
