@@ -28,7 +28,7 @@ struct Family {
   std::unique_ptr<Executor> executor;
 
   Family(Backend& device, const OptimizerOptions& options, DType gradient, std::vector<Shape> of = kShapes,
-         bool split = true)
+         bool split = true, const std::vector<Shape>& own = {})
       : backend(device),
         shapes(std::move(of)),
         gradients(gradient),
@@ -47,7 +47,8 @@ struct Family {
                                 .decay = true,
                                 .low_rank = true,
                                 .low_rank_index = static_cast<std::int64_t>(i),
-                                .low_rank_count = static_cast<std::int64_t>(shapes.size())};
+                                .low_rank_count = static_cast<std::int64_t>(shapes.size()),
+                                .own = own.empty() ? Shape() : own[i]};
       w.emplace_back(device, TensorSpec{shapes[i], device.is_host() ? DType::f32 : DType::bf16});
       g.emplace_back(device, TensorSpec{shapes[i], device.is_host() ? DType::f32 : gradient});
       low.emplace_back(device, TensorSpec{shapes[i], DType::u16});
