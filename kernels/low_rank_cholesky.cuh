@@ -19,6 +19,20 @@ __host__ __device__ inline int gram_splits(int rows, int rank) {
   return splits < 1 ? 1 : splits < most ? splits : most;
 }
 
+/// sum += a' b for one row of each operand, of which a thread takes every sixteenth.
+__device__ inline void add_outer(double (&sum)[4][4], const double* left, const double* right) {
+  double a[4], b[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[i] = left[16 * i];
+    b[i] = right[16 * i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[i][j] += a[i] * b[j];
+}
+
 /// 64 x 64 at [row, column] of the sum over rows [from, to) of x' x.
 __device__ inline void gram_tile(const float* x, int from, int to, int rank, int row, int column, double* out,
                                  double* shared) {
@@ -37,18 +51,7 @@ __device__ inline void gram_tile(const float* x, int from, int to, int rank, int
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kGramStep; ++k) {
-      double a[4], b[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i] = left[k][ty + 16 * i];
-        b[i] = right[k][tx + 16 * i];
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] += a[i] * b[j];
-    }
+    for (int k = 0; k < kGramStep; ++k) add_outer(sum, left[k] + ty, right[k] + tx);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -196,18 +199,7 @@ __device__ inline void subtract_product(const double* left, int left_column, con
   __syncthreads();
   double sum[4][4] = {};
 #pragma unroll 8
-  for (int k = 0; k < kBlock; ++k) {
-    double a[4], b[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i] = l[k][ty + 16 * i];
-      b[i] = r[k][tx + 16 * i];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum[i][j] += a[i] * b[j];
-  }
+  for (int k = 0; k < kBlock; ++k) add_outer(sum, l[k] + ty, r[k] + tx);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll

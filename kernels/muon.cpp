@@ -14,7 +14,7 @@ namespace kiln::cuda {
 namespace {
 
 constexpr std::size_t kBatchBytes = std::size_t{64} << 20;  // of the iteration's operands, where more than one fits
-constexpr std::int64_t kAligned = 128;                       // elements between the starts of two matrices
+constexpr std::int64_t kAligned = 128;                      // elements between the starts of two matrices
 
 std::int64_t aligned(std::int64_t elements) { return (elements + kAligned - 1) / kAligned * kAligned; }
 std::size_t aligned_bytes(std::size_t bytes) { return (bytes + 255) / 256 * 256; }

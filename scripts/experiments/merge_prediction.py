@@ -4,7 +4,7 @@
 Usage: python scripts/experiments/merge_prediction.py CONFIG.yaml --steps N --out DIR [--kiln build/release/kiln]
            [--seeds 1,2,3] [--ends 0.5,1] [--shares 0.1,0.2] [--shapes linear,1-sqrt] [--ratios 0,0.1]
            [--device cpu|cuda] [KEY=VALUE ...]
-       python scripts/experiments/merge_prediction.py --quick --out DIR     (no data needed, a minute on a processor)
+       python scripts/experiments/merge_prediction.py --quick --out DIR     (no data needed, a minute or two on a processor)
 
 For each seed: a trunk of N steps (warm-up, then a constant rate; KEY=VALUE overrides the configuration) with fp32
 snapshots. At each end T, a share of the trunk, a real anneal for each share D/T, shape and last rate branches off at

@@ -150,7 +150,7 @@ CompareMember compare_member(const CompareArguments& a, const Config& base, std:
 void check_all(const CompareArguments& a, const Config& base) {
   check(!a.optimizers.empty() && !a.grid.empty(), "compare: --optimizers and --lr-grid need at least one value");
   for (const double factor : a.grid) check(factor > 0, "--lr-grid {}: expected a positive factor", factor);
-  check(a.grid.size() == 1 && a.seeds.size() < 2 ? true : !base.data.valid.empty(),
+  check((a.grid.size() == 1 && a.seeds.size() < 2) || !base.data.valid.empty(),
         "compare: --lr-grid and --seeds compare validation losses; set data.valid");
   for (std::size_t i = 0; i < a.optimizers.size(); ++i) {
     CompareRun run = member_run(a, base, i);
@@ -169,11 +169,17 @@ void write_results(const CompareArguments& a, const std::vector<CompareMember>& 
         rows.push_back(row);
         if (!row.diverged) runs.push_back(row.run_dir);
       }
-  write_report(runs, a.out / "report.html", "Comparison of optimizers");
   std::string table = compare_table(rows);
   if (rows.size() > members.size()) table += '\n' + members_table(members);
+  std::filesystem::create_directories(a.out);
   write_text_atomic(a.out / "table.txt", table);
-  std::cout << '\n' << table << "\nPlots: " << (a.out / "report.html").string() << '\n';
+  std::cout << '\n' << table;
+  if (!runs.empty()) {
+    write_report(runs, a.out / "report.html", "Comparison of optimizers");
+    std::cout << "\nPlots: " << (a.out / "report.html").string() << '\n';
+  }
+  for (const CompareMember& member : members)
+    if (member.best() == nullptr) fail(ExitCode::diverged, "{}: every run diverged; lower --peak-lr", member.name);
 }
 
 void run(const CompareArguments& a) {

@@ -75,7 +75,7 @@ const std::array<KeyRow, 15> kKeys{{
      [](MergeRequest& r, const Words& w) { r.last = to_count(w); }},
     {{"every", MergeKeyKind::value, "every K-th checkpoint, counted back from the newest"},
      [](MergeRequest& r, const Words& w) { r.every = to_count(w); }},
-    {{"dtype", MergeKeyKind::value, "of the merged weights: fp32, bf16 or same (default fp32)"},
+    {{"dtype", MergeKeyKind::value, "of the merged weights: fp32, bf16, fp16 or same (default fp32)"},
      [](MergeRequest& r, const Words& w) { r.options.dtype = parse_merge_dtype(one(w)); }},
     {{"optimizer_state", MergeKeyKind::value, "reset, keep-last or average (default reset)"},
      [](MergeRequest& r, const Words& w) { r.options.optimizer_state = parse_optimizer_state_merge(one(w)); }},
@@ -120,6 +120,23 @@ WeightOptions resolve_weights(WeightOptions weights) {
   return weights;
 }
 
+/// A key that the method would pass over.
+void check_read(const MergeRequest& request, MergeMethod method) {
+  using enum MergeMethod;
+  struct Reader {
+    std::string_view key;
+    std::array<MergeMethod, 2> methods;
+  };
+  constexpr std::array<Reader, 4> kReaders{{{"alpha", {ema, ema_closed}},
+                                            {"shape", {schedule, qam}},
+                                            {"final_ratio", {schedule, qam}},
+                                            {"normalise", {ema_closed, custom}}}};
+  for (const Reader& reader : kReaders)
+    check(!request.given.contains(reader.key) || std::ranges::find(reader.methods, method) != reader.methods.end(),
+          "{} is given, which method {} does not read; use method {} or {}, or leave it out", reader.key,
+          to_string(method), to_string(reader.methods[0]), to_string(reader.methods[1]));
+}
+
 }  // namespace
 
 std::span<const MergeKey> merge_keys() {
@@ -140,6 +157,7 @@ void set_merge_key(MergeRequest& request, std::string_view key, const Words& wor
   }
   try {
     row->set(request, words);
+    request.given.emplace(key);
   } catch (const Error& e) {
     fail(e.code(), "{}: {}: {}", where, key, e.what());
   }
@@ -163,6 +181,7 @@ MergeRequest read_merge_file(const std::filesystem::path& path) {
 MergeOptions resolve_merge(const MergeRequest& request) {
   MergeOptions options = request.options;
   options.weights = resolve_weights(options.weights);
+  check_read(request, options.weights.method);
   check(!request.checkpoints.empty(), "no checkpoint to merge; give at least one");
   std::vector<std::filesystem::path> paths;
   for (const std::string& pattern : request.checkpoints)

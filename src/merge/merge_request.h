@@ -1,5 +1,6 @@
 #pragma once
 #include <filesystem>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -15,6 +16,7 @@ struct MergeRequest {
   std::size_t last = 0;                  // the newest N of them; 0: all
   std::size_t every = 1;                 // every K-th, counted back from the newest
   MergeOptions options;
+  std::set<std::string, std::less<>> given;  // keys that were set
 };
 
 /// How a key is written on the command line: `--key VALUE`, or a flag that sets it.
@@ -40,7 +42,8 @@ MergeRequest read_merge_file(const std::filesystem::path& path);
 
 /// Settles what depends on several keys (lists of weights choose `custom`, patterns and run directories become
 /// checkpoints, oldest first, `every` and `last` select), and fills `options.inputs`.
-/// A usage Error for keys that contradict; a data Error for a path that holds no checkpoint.
+/// A usage Error for keys that contradict, or that the method does not read; a data Error for a path that holds no
+/// checkpoint.
 MergeOptions resolve_merge(const MergeRequest& request);
 
 }  // namespace kiln

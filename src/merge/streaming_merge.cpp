@@ -35,12 +35,19 @@ constexpr std::array<const char*, 9> kCopiedFiles{"tokenizer.model",
                                                   "merges.txt",
                                                   "generation_config.json"};
 
+/// In config.json; not of `same`, which leaves it.
+std::string_view transformers_name(MergeDtype dtype) {
+  return dtype == MergeDtype::bf16 ? "bfloat16" : dtype == MergeDtype::fp16 ? "float16" : "float32";
+}
+
 DType output_dtype(MergeDtype wanted, DType input) {
   switch (wanted) {
     case MergeDtype::fp32:
       return DType::f32;
     case MergeDtype::bf16:
       return DType::bf16;
+    case MergeDtype::fp16:
+      return DType::f16;
     case MergeDtype::same:
       return input;
   }
@@ -97,7 +104,8 @@ Json method_json(const WeightOptions& options) {
   if (ema) json["alpha"] = options.alpha;
   if (options.method == MergeMethod::ema_closed || options.method == MergeMethod::custom)
     json["normalise"] = options.normalise;
-  if (options.method == MergeMethod::schedule && options.decay.empty()) {
+  const bool decays = options.method == MergeMethod::schedule || options.method == MergeMethod::qam;
+  if (decays && options.decay.empty()) {
     json["shape"] = to_string(options.shape);
     json["final_ratio"] = options.final_ratio;
   }
@@ -106,7 +114,7 @@ Json method_json(const WeightOptions& options) {
 
 Json provenance(const std::vector<MergeInput>& inputs, const MergeOptions& options, const MergeReport& report) {
   Json json = method_json(options.weights);
-  json["dtype"] = options.dtype == MergeDtype::same ? "same" : options.dtype == MergeDtype::bf16 ? "bf16" : "fp32";
+  json["dtype"] = to_string(options.dtype);
   json["optimizer_state"] = to_string(options.optimizer_state);
   json["verified"] = options.verify;
   json["checkpoints"] = Json::array();
@@ -134,8 +142,7 @@ void write_side_files(CheckpointWriter& writer, const std::vector<MergeInput>& i
   const MergeInput& last = newest(inputs);
   Json config = last.config;
   if (options.dtype != MergeDtype::same)
-    for (const char* key : {"dtype", "torch_dtype"})
-      config[key] = options.dtype == MergeDtype::bf16 ? "bfloat16" : "float32";
+    for (const char* key : {"dtype", "torch_dtype"}) config[key] = transformers_name(options.dtype);
   writer.write_json("config.json", config);
   for (const char* name : kCopiedFiles)
     if (fs::exists(last.directory / name)) writer.copy_file(last.directory / name, name);
@@ -176,11 +183,24 @@ MergeReport plan_report(const std::vector<MergeInput>& inputs, std::span<const d
 
 }  // namespace
 
+std::string_view to_string(MergeDtype dtype) {
+  switch (dtype) {
+    case MergeDtype::fp32:
+      return "fp32";
+    case MergeDtype::bf16:
+      return "bf16";
+    case MergeDtype::fp16:
+      return "fp16";
+    case MergeDtype::same:
+      return "same";
+  }
+  return "unknown";
+}
+
 MergeDtype parse_merge_dtype(std::string_view name) {
-  if (name == "fp32") return MergeDtype::fp32;
-  if (name == "bf16") return MergeDtype::bf16;
-  if (name == "same") return MergeDtype::same;
-  fail(ExitCode::usage, "dtype '{}' does not exist for a merge; use one of fp32, bf16, same", name);
+  for (const MergeDtype dtype : {MergeDtype::fp32, MergeDtype::bf16, MergeDtype::fp16, MergeDtype::same})
+    if (to_string(dtype) == name) return dtype;
+  fail(ExitCode::usage, "dtype '{}' does not exist for a merge; use one of fp32, bf16, fp16, same", name);
 }
 
 OutOfOrder order_policy(const MergeOptions& options) {

@@ -12,10 +12,11 @@
 namespace kiln {
 
 /// The dtype of the merged tensors. fp32 by default: a bf16 merge loses a good part of what averaging gains.
-enum class MergeDtype { fp32, bf16, same };
+enum class MergeDtype { fp32, bf16, fp16, same };
 
 /// "fp32", "bf16", "same"; a usage Error lists what exists.
 MergeDtype parse_merge_dtype(std::string_view name);
+std::string_view to_string(MergeDtype dtype);
 
 struct MergeOptions {
   std::vector<std::filesystem::path> inputs;  // checkpoint directories

@@ -28,8 +28,7 @@ Series validation_series(const std::string& name, const std::vector<StepMetrics>
 
 /// The branch from the trunk's last validation before it on, so that the line begins where it left the trunk.
 Series anneal_series(const RunData& run, const AnnealData& anneal) {
-  const std::int64_t end = anneal.metrics.empty() ? 0 : anneal.metrics.back().step;
-  Series branch = validation_series(fmt::format("anneal to step {}", end), anneal.metrics, 1);
+  Series branch = validation_series("anneal " + anneal.name, anneal.metrics, 1);
   const Series trunk = validation_series("", run.metrics, 0);
   std::size_t before = trunk.x.size();
   while (before > 0 &&

@@ -105,7 +105,7 @@ std::string members_table(const std::vector<CompareMember>& members) {
   for (const CompareMember& member : members) {
     const CompareRow* best = member.best();
     if (best == nullptr) {
-      text += fmt::format("{:<12} every learning rate diverged\n", member.name);
+      text += fmt::format("{:<12} every run diverged\n", member.name);
       continue;
     }
     const std::vector<double> losses = member.losses();

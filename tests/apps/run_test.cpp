@@ -189,6 +189,10 @@ TEST_CASE("compare tries learning rates and seeds, and gives every optimizer the
   }
   CHECK(load_config(at.dir / "cmp/fira-lr0.001-seed3/config.yaml", {}).optimizer.alpha == 0.5);
   CHECK(load_config(at.dir / "cmp/apollo-lr0.001-seed3/config.yaml", {}).optimizer.alpha != 0.5);
+  const Outcome wild = at("KILN compare DIR/c.yaml --optimizers adamw --peak-lr 1e30 --out DIR/wild --quiet");
+  CHECK(wild.code == 5);
+  CHECK_THAT(wild.text, ContainsSubstring("adamw: every run diverged"));
+  CHECK_THAT(read_text(at.dir / "wild/table.txt"), ContainsSubstring("diverged"));
   CHECK(at("KILN compare DIR/c.yaml --optimizers adamw --state-budget 1KiB --out DIR/no").code == 2);
   CHECK(at("KILN compare DIR/c.yaml --optimizers adamw --for fira:optimizer.rank=8 --out DIR/no").code == 2);
 }

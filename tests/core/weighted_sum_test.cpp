@@ -46,7 +46,7 @@ TEST_CASE("a sum of several sources has the bits of one source after the other")
         for (std::size_t i = 0; i < sources; ++i)
           add_weighted({from[i], count * size_of(dtype)}, dtype, weights[i], expected);
         weighted_sum(from, dtype, weights, sum);
-        CHECK(std::memcmp(sum.data(), expected.data(), count * sizeof(double)) == 0);
+        if (count > 0) CHECK(std::memcmp(sum.data(), expected.data(), count * sizeof(double)) == 0);
       }
 }
 

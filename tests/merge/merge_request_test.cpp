@@ -118,6 +118,25 @@ TEST_CASE("lists of weights choose the method or contradict it") {
   CHECK_THROWS_WITH(set_merge_key(request, "alpha", {"x"}, "--alpha"), ContainsSubstring("--alpha: "));
 }
 
+TEST_CASE("a key that the method does not read is refused") {
+  const TempDirectory temp;
+  write_run(temp.path(), 2);
+  const auto resolved = [&](const std::string& key, const std::string& value, const std::string& method) {
+    MergeRequest request;
+    request.checkpoints = {temp.path().string()};
+    set_merge_key(request, key, {value}, "--" + key);
+    set_merge_key(request, "method", {method}, "--method");
+    return resolve_merge(request).weights;
+  };
+  CHECK_THROWS_WITH(resolved("alpha", "0.5", "sma"),
+                    ContainsSubstring("alpha is given, which method sma does not read"));
+  CHECK_THROWS_WITH(resolved("shape", "cosine", "wma"), ContainsSubstring("use method schedule or qam"));
+  CHECK_THROWS_WITH(resolved("final_ratio", "0.1", "ema"), ContainsSubstring("final_ratio"));
+  CHECK_THROWS_WITH(resolved("normalise", "false", "schedule"), ContainsSubstring("ema-closed or custom"));
+  CHECK(resolved("alpha", "0.5", "ema-closed").alpha == 0.5);
+  CHECK(resolved("shape", "cosine", "qam").shape == DecayShape::cosine);
+}
+
 TEST_CASE("steps are known by state, by transformers' own state, or by name") {
   const TempDirectory temp;
   write_run(temp.path(), 1);

@@ -2,7 +2,9 @@
 
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
 
 #include "core/parallel.h"
 #include "core/weighted_sum.h"
@@ -230,6 +232,36 @@ TEST_CASE("tied checkpoints have no lm_head, and neither has their merge") {
   check_bitwise({.inputs = {temp / "step_00000001", temp / "step_00000002"}, .output = temp / "out", .weights = {}},
                 {"model.embed_tokens.weight", "model.norm.weight"}, as_float);
   CHECK(SafetensorsReader(temp / "out" / "model.safetensors").entries().size() == 2);
+}
+
+TEST_CASE("a merge in fp16 rounds the fp64 sum once, and says its decay") {
+  const TempDirectory temp;
+  const std::vector<fs::path> inputs = write_three(temp, DType::f32);
+  merge_checkpoints({.inputs = inputs,
+                     .output = temp / "half",
+                     .weights = {.method = MergeMethod::qam, .shape = DecayShape::cosine, .final_ratio = 0.1},
+                     .dtype = MergeDtype::fp16});
+  merge_checkpoints({.inputs = inputs,
+                     .output = temp / "single",
+                     .weights = {.method = MergeMethod::qam, .shape = DecayShape::cosine, .final_ratio = 0.1}});
+  const SafetensorsReader half(temp / "half/model.safetensors"), single(temp / "single/model.safetensors");
+  for (const SafetensorEntry& entry : half.entries()) {
+    CHECK(entry.dtype == DType::f16);
+    const auto count = static_cast<std::size_t>(
+        std::accumulate(entry.shape.begin(), entry.shape.end(), std::int64_t{1}, std::multiplies<>()));
+    std::vector<float> a(count), b(count);
+    half.read_floats(entry, 0, std::span<float>(a));
+    single.read_floats(*single.find(entry.name), 0, std::span<float>(b));
+    // Through f32 a number may be rounded twice, which moves it by one unit at most.
+    std::size_t others = 0;
+    for (std::size_t i = 0; i < count; ++i) others += a[i] != to_float(to_float16(b[i])) ? 1 : 0;
+    CHECK(others <= count / 500);
+  }
+  CHECK(read_json(temp / "half/config.json")["torch_dtype"] == "float16");
+  const Json merge = read_json(temp / "half/merge.json");
+  CHECK(merge["dtype"] == "fp16");
+  CHECK(merge["shape"] == "cosine");
+  CHECK(merge["final_ratio"] == 0.1);
 }
 
 TEST_CASE("a merge is a whole checkpoint that says where it came from") {

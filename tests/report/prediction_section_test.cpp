@@ -27,7 +27,7 @@ TEST_CASE("the section tells the prediction, the real anneal and the sweep") {
   const std::string html = prediction_section({predicted_run()});
   CHECK_THAT(html, ContainsSubstring("a&lt;b: after an anneal from step 8 to 10 the loss is predicted as 3.4567"));
   CHECK_THAT(html, ContainsSubstring("the real anneal reached 3.5000"));
-  CHECK_THAT(html, ContainsSubstring("anneal to step 10"));
+  CHECK_THAT(html, ContainsSubstring("anneal linear_0_00000008_00000010"));
   CHECK_THAT(html, ContainsSubstring("-0.0123"));
   CHECK_THAT(html, ContainsSubstring("+0.2500"));
   CHECK(prediction_section({RunData{}}).empty());

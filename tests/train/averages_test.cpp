@@ -1,10 +1,10 @@
 #include "train/averages.h"
 
+#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <filesystem>
 #include <fstream>
-#include <mutex>
+#include <latch>
 #include <thread>
 
 #include "base/files.h"
@@ -234,21 +234,14 @@ TEST_CASE("a rank that keeps no sums knows what is due, and a mean must be evalu
 
 /// A disk that takes its time: write() begins at once and ends after finish().
 struct SlowDisk {
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool open = false;
+  std::latch open{1};
   std::vector<std::vector<float>> written;
 
   void write(const FinishedAverage& average) {
-    std::unique_lock lock(mutex);
-    changed.wait(lock, [&] { return open; });
+    open.wait();
     written.push_back(values_of(*average.weights));
   }
-  void finish() {
-    const std::lock_guard lock(mutex);
-    open = true;
-    changed.notify_all();
-  }
+  void finish() { open.count_down(); }
 };
 
 TEST_CASE("a mean is written while its window goes on, and a checkpoint waits for it") {
@@ -316,22 +309,14 @@ TEST_CASE("a mean that cannot be written ends the run with its name, and no chec
 
 /// Disks of two windows that stall: `first` writes when it is opened, `second` then fails, whenever it is asked.
 struct TwoDisks {
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool first_open = false, second_open = false;
-  int asked_of_second = 0;
+  std::latch first_open{1}, second_open{1};
+  std::atomic<int> asked_of_second = 0;
 
   void write(const FinishedAverage& average, const std::string& second) {
-    std::unique_lock lock(mutex);
-    if (average.name != second) return changed.wait(lock, [&] { return first_open; });
+    if (average.name != second) return first_open.wait();
     ++asked_of_second;
-    changed.wait(lock, [&] { return second_open; });
+    second_open.wait();
     fail(ExitCode::resource, "disk full");
-  }
-  void open(bool& disk) {
-    const std::lock_guard lock(mutex);
-    disk = true;
-    changed.notify_all();
   }
 };
 
@@ -346,10 +331,10 @@ TEST_CASE("behind a mean that is lost no other is written while its thread is at
     Averages averages(run.config, copied, true, [&](const FinishedAverage& mean) { disks.write(mean, "4x1"); });
     averages.take({.step = 4});
     averages.take({.step = 8});  // its thread waits for the first window's write before it comes to the second's
-    disks.open(disks.second_open);
+    disks.second_open.count_down();
     std::jthread later([&] {
       std::this_thread::sleep_for(std::chrono::milliseconds(200));
-      disks.open(disks.first_open);
+      disks.first_open.count_down();
     });
     CHECK_THROWS_WITH(until_it_fails(averages), "disk full");
   }
@@ -367,7 +352,7 @@ TEST_CASE("what the thread that adds up runs into ends the run at its next step,
   averages.take({.step = 4});
   averages.take({.step = 8});
   std::this_thread::sleep_for(std::chrono::milliseconds(100));  // that thread waits for the write, and takes its error
-  disks.open(disks.second_open);
+  disks.second_open.count_down();
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
   CHECK_THROWS_WITH(until_it_fails(averages), "disk full");
 }
