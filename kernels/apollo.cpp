@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/low_rank_group.h"
+#include "kernels/low_rank_one.h"
 
 namespace kiln::cuda {
 namespace {
@@ -35,7 +36,7 @@ LowRankStep step_of(const ApolloUpdate::Options& o) {
           .seed = o.seed};
 }
 
-/// All neighbouring APOLLO updates of a plan, in five launches.
+/// All neighbouring APOLLO or APOLLO-Mini updates of a plan, in five launches.
 class ApolloKernel final : public Kernel {
  public:
   ApolloKernel(const Nodes& nodes, Context& context) : group_(group_of(nodes)) {
@@ -65,9 +66,17 @@ class ApolloKernel final : public Kernel {
     table.half_states = o.states == StatePrecision::bf16;
     table.scalars = nodes.front().in[2].as<double>();
     table.step = step_of(o);
-    low_rank_random_basis(group_.with(LowRankWork::basis, table), static_cast<int>(o.refresh));
-    low_rank_project(group_.with(LowRankWork::project, table));
-    low_rank_moments(group_.with(LowRankWork::moments, table));
+    const LowRankTable basis = group_.with(LowRankWork::basis, table),
+                       project = group_.with(LowRankWork::project, table);
+    if (o.factor == ApolloFactor::tensor) {
+      low_rank_one_basis(basis, static_cast<int>(o.refresh));
+      low_rank_one_project(project);
+      low_rank_one_moments(table);
+    } else {
+      low_rank_random_basis(basis, static_cast<int>(o.refresh));
+      low_rank_project(project);
+      low_rank_moments(group_.with(LowRankWork::moments, table));
+    }
     low_rank_limit(table);
     low_rank_scale(group_.with(LowRankWork::scale, table));
   }
@@ -83,8 +92,9 @@ std::unique_ptr<Kernel> make_apollo(const Nodes& nodes, Context& context) {
 
 void check_apollo(const Nodes& nodes) {
   const ApolloUpdate::Options& o = nodes.op<ApolloUpdate>().options();
-  require(o.factor == ApolloFactor::vector, "optimizer.kind: apollo_mini runs on the CPU alone; use apollo");
-  require_low_rank(nodes, o.rank, o.states);
+  if (o.factor == ApolloFactor::vector) return require_low_rank(nodes, o.rank, o.states);
+  require(o.rank == 1, "apollo_mini: rank {}, expected 1", o.rank);
+  require_matrices(nodes, o.states);
 }
 
 }  // namespace

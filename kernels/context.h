@@ -101,6 +101,8 @@ OpEntry galore_entry();
 OpEntry fira_entry();
 OpEntry fira_plus_entry();
 OpEntry apollo_entry();
+OpEntry muon_entry();
+OpEntry lora_entry();
 
 /// The entry for a node, pairs first; null when the GPU has none.
 const OpEntry* find_entry(const Plan& plan, std::size_t node, NodeGroup& group);

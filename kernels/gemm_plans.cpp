@@ -36,12 +36,23 @@ using Layout =
 using Preference = std::unique_ptr<cublasLtMatmulPreferenceOpaque_t,
                                    Destroyer<cublasLtMatmulPreferenceOpaque_t, cublasLtMatmulPreferenceDestroy>>;
 
-Layout make_layout(cudaDataType_t type, std::int64_t rows, std::int64_t columns, std::int64_t ld) {
+struct Batch {
+  std::int64_t count, stride;
+};
+Layout make_layout(cudaDataType_t type, std::int64_t rows, std::int64_t columns, std::int64_t ld, Batch batch) {
   cublasLtMatrixLayout_t layout = nullptr;
   check_lt(cublasLtMatrixLayoutCreate(&layout, type, static_cast<std::uint64_t>(rows),
                                       static_cast<std::uint64_t>(columns), ld),
            "cublasLtMatrixLayoutCreate");
-  return Layout(layout);
+  Layout made(layout);
+  if (batch.count == 1) return made;
+  const auto count = static_cast<std::int32_t>(batch.count);
+  check_lt(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof(count)),
+           "batch count");
+  check_lt(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch.stride,
+                                            sizeof(batch.stride)),
+           "batch stride");
+  return made;
 }
 
 /// cuBLASLt is column-major, so it is given C' = op(B)' op(A)': the stored bytes stay as they are.
@@ -50,11 +61,11 @@ struct Problem {
   Layout a, b, c;
 
   explicit Problem(const Gemm& g)
-      : a(g.trans_b == Trans::yes ? make_layout(CUDA_R_16BF, g.k, g.n, g.ldb)
-                                  : make_layout(CUDA_R_16BF, g.n, g.k, g.ldb)),
-        b(g.trans_a == Trans::yes ? make_layout(CUDA_R_16BF, g.m, g.k, g.lda)
-                                  : make_layout(CUDA_R_16BF, g.k, g.m, g.lda)),
-        c(make_layout(g.c_type == DType::f32 ? CUDA_R_32F : CUDA_R_16BF, g.n, g.m, g.ldc)) {
+      : a(g.trans_b == Trans::yes ? make_layout(CUDA_R_16BF, g.k, g.n, g.ldb, {g.batch, g.stride_b})
+                                  : make_layout(CUDA_R_16BF, g.n, g.k, g.ldb, {g.batch, g.stride_b})),
+        b(g.trans_a == Trans::yes ? make_layout(CUDA_R_16BF, g.m, g.k, g.lda, {g.batch, g.stride_a})
+                                  : make_layout(CUDA_R_16BF, g.k, g.m, g.lda, {g.batch, g.stride_a})),
+        c(make_layout(g.c_type == DType::f32 ? CUDA_R_32F : CUDA_R_16BF, g.n, g.m, g.ldc, {g.batch, g.stride_c})) {
     cublasLtMatmulDesc_t raw = nullptr;
     check_lt(cublasLtMatmulDescCreate(&raw, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
     desc.reset(raw);
@@ -66,8 +77,12 @@ struct Problem {
 };
 
 std::string key_of(const Gemm& g) {
-  return fmt::format("{}{} {}x{}x{} ld {},{},{} {}", g.trans_a == Trans::yes ? 't' : 'n',
-                     g.trans_b == Trans::yes ? 't' : 'n', g.m, g.n, g.k, g.lda, g.ldb, g.ldc, to_string(g.c_type));
+  std::string key =
+      fmt::format("{}{} {}x{}x{} ld {},{},{} {}", g.trans_a == Trans::yes ? 't' : 'n',
+                  g.trans_b == Trans::yes ? 't' : 'n', g.m, g.n, g.k, g.lda, g.ldb, g.ldc, to_string(g.c_type));
+  if (g.add != nullptr) key += " add";
+  if (g.batch > 1) key += fmt::format(" batch {} by {},{},{}", g.batch, g.stride_a, g.stride_b, g.stride_c);
+  return key;
 }
 
 std::string to_hex(const cublasLtMatmulAlgo_t& algo) {
@@ -107,9 +122,10 @@ struct GemmPlans::Impl {
   bool changed = false;
 
   cublasStatus_t matmul(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace) const {
-    const float alpha = 1, beta = g.accumulate ? 1.0f : 0.0f;
-    return cublasLtMatmul(handle.get(), p.desc.get(), &alpha, g.b, p.a.get(), g.a, p.b.get(), &beta, g.c, p.c.get(),
-                          g.c, p.c.get(), &algo, workspace, kWorkspaceBytes, stream);
+    const float beta = g.add != nullptr ? g.beta : g.accumulate ? 1.0f : 0.0f;
+    return cublasLtMatmul(handle.get(), p.desc.get(), &g.alpha, g.b, p.a.get(), g.a, p.b.get(), &beta,
+                          g.add != nullptr ? g.add : g.c, p.c.get(), g.c, p.c.get(), &algo, workspace, kWorkspaceBytes,
+                          stream);
   }
 
   /// Seconds of one candidate, the best of a few; infinite when it does not run.

@@ -11,7 +11,7 @@
 namespace kiln::cuda {
 
 /// C[m,n] (+)= op(A)[m,k] op(B)[k,n], row-major; A and B bf16, sums f32, C bf16 or f32. Leading dimensions in elements.
-/// Trans::yes: A is stored [k,m], B is stored [n,k].
+/// Trans::yes: A is stored [k,m], B is stored [n,k]. With `add`, C = alpha op(A) op(B) + beta add.
 struct Gemm {
   Trans trans_a = Trans::no, trans_b = Trans::no;
   std::int64_t m = 0, n = 0, k = 0;
@@ -22,7 +22,11 @@ struct Gemm {
   void* c = nullptr;
   std::int64_t ldc = 0;
   DType c_type = DType::bf16;
-  bool accumulate = false;  // adds to C
+  bool accumulate = false;    // adds to C
+  const void* add = nullptr;  // as C and not C itself
+  float alpha = 1, beta = 1;  // beta of `add`
+  // So many problems, their matrices (and `add` as C) so many elements apart.
+  std::int64_t batch = 1, stride_a = 0, stride_b = 0, stride_c = 0;
 };
 
 /// cuBLASLt GEMMs whose algorithm is chosen once by shape: the fastest of the heuristic's candidates, timed on the

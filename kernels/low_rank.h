@@ -5,7 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-/// GaLore, Fira, Fira+ and APOLLO on the GPU: all matrices of a plan in a handful of launches, whatever their number.
+/// GaLore, Fira, Fira+ and APOLLO on the GPU (APOLLO-Mini: low_rank_one.h): all matrices of a plan in a handful of
+/// launches, whatever their number.
 ///
 /// The long side of W [m,n] counts vectors (rows where m >= n, else columns), the short side is projected: with the
 /// basis Q [short, r], R = clip G Q for every vector, N = m / (sqrt(v) + eps) and phi = ||N|| / (||R|| + 1e-8), one
@@ -23,7 +24,7 @@ struct LowRankMatrix {
   std::uint16_t* w;       // bf16 [m,n]
   std::uint16_t* low;     // lower halves of the f32 masters; null: stochastic rounding
   const void* g;          // [m,n] f32 or bf16: LowRankTable::half_gradient
-  float* q;               // [short, r]
+  float* q;               // [short, r]; of rank 1 P, in the workspace
   void *moment, *square;  // [long, r] f32 or bf16: LowRankTable::half_states
   float* limiter;         // [1]
   std::int32_t m, n, rank;

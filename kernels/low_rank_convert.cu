@@ -47,9 +47,7 @@ __global__ void __launch_bounds__(kThreads) random_basis_of(const LowRankMatrix*
   const LowRankMatrix& t = matrices[piece.matrix];
   const int rank = t.rank;
   const float deviation = rsqrtf(static_cast<float>(rank));
-  const auto done = static_cast<std::int64_t>(scalars[static_cast<int>(Scalar::step)]) - 1;
-  const std::uint64_t epoch = static_cast<std::uint64_t>((done + (every - t.refresh_offset) % every) / every);
-  const std::uint64_t stream = t.stream + epoch;
+  const std::uint64_t stream = projection_stream(t, scalars, every);
   fill_panel<1>(t.basis, piece.row, t.side(), rank, t.right, [&](int row, int column) {
     const std::uint64_t first = static_cast<std::uint64_t>(row) * static_cast<std::uint64_t>(rank) + column;
     Float8 x;

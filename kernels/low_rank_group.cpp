@@ -3,16 +3,26 @@
 #include <algorithm>
 
 #include "base/rng.h"
+#include "kernels/low_rank_one.h"
 #include "optim/projector.h"
 
 namespace kiln::cuda {
 namespace {
 
 constexpr int kTileSide = 128, kAlignment = 8;  // kTileSide also of panels
+static_assert(kOneRows == kTileSide);           // pieces of a basis
 
 std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 std::size_t projected_bytes(const LowRankGeometry& at) {
   return aligned(sizeof(float) * static_cast<std::size_t>(at.vectors()) * static_cast<std::size_t>(at.rank));
+}
+/// Of rank 1, P as it is; else panels.
+std::size_t basis_bytes(const LowRankGeometry& at) {
+  return at.rank == 1 ? aligned(sizeof(float) * static_cast<std::size_t>(at.side()))
+                      : low_rank_panel_bytes(at.side(), at.rank);
+}
+std::size_t direction_bytes(const LowRankGeometry& at) {
+  return at.rank == 1 ? 0 : low_rank_panel_bytes(at.vectors(), at.rank);
 }
 std::size_t vector_bytes(const LowRankGeometry& at) {
   return aligned(sizeof(float) * static_cast<std::size_t>(at.vectors()));
@@ -40,8 +50,8 @@ LowRankGeometry LowRankGroup::largest() const {
 std::size_t LowRankGroup::workspace_bytes() const {
   std::size_t bytes = 0;
   for (const LowRankGeometry& at : list_)
-    bytes += projected_bytes(at) + 3 * vector_bytes(at) + aligned(3 * sizeof(float)) +
-             low_rank_panel_bytes(at.side(), at.rank) + low_rank_panel_bytes(at.vectors(), at.rank);
+    bytes +=
+        projected_bytes(at) + 3 * vector_bytes(at) + aligned(3 * sizeof(float)) + basis_bytes(at) + direction_bytes(at);
   return bytes;
 }
 
@@ -54,6 +64,9 @@ void LowRankGroup::add_pieces(LowRankWork work, int matrix, const LowRankGeometr
     case LowRankWork::basis:
       return each(at.side(), kTileSide, [&](int row) { list.push_back({matrix, row, 0}); });
     case LowRankWork::project:
+      if (at.rank == 1) {
+        return each(at.vectors(), low_rank_one_vectors(at.right), [&](int v) { list.push_back({matrix, v, 0}); });
+      }
       return each(at.vectors(), kTileSide, [&](int v) {
         each(at.rank, low_rank_project_width(largest().rank), [&](int c) { list.push_back({matrix, v, c}); });
       });
@@ -112,8 +125,10 @@ LowRankMatrix LowRankGroup::matrix(std::size_t i, const UpdateArgs& args, const 
   t.phi = cut(vector_bytes(at));
   t.share = cut(vector_bytes(at));
   t.factor = cut(aligned(3 * sizeof(float)));
-  t.basis = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.side(), at.rank)));
-  t.direction = reinterpret_cast<std::uint16_t*>(cut(low_rank_panel_bytes(at.vectors(), at.rank)));
+  float* basis = cut(basis_bytes(at));
+  if (at.rank == 1) t.q = basis;
+  t.basis = reinterpret_cast<std::uint16_t*>(basis);
+  t.direction = reinterpret_cast<std::uint16_t*>(cut(direction_bytes(at)));
   t.gradient = low_rank_gradient_map(t, half_gradient_);
   return t;
 }
@@ -144,18 +159,29 @@ LowRankTable LowRankGroup::with(LowRankWork work, LowRankTable table) const {
   return table;
 }
 
-void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states) {
+void require_matrices(const Nodes& nodes, StatePrecision states) {
   require(nodes.inputs()[0].dtype == DType::bf16, "{}: weights of {}, expected bf16", nodes.node().op->name(),
           to_string(nodes.inputs()[0].dtype));
   require(states != StatePrecision::int8,
-          "optimizer.states: {} for low-rank moments runs on the CPU alone; use fp32 or bf16", to_string(states));
+          "optimizer.states: {} for moments of {} runs on the CPU alone; use fp32 or bf16", to_string(states),
+          nodes.node().op->name());
   for (std::size_t i = 0; i < nodes.group.count; ++i) {
     const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
-    const LowRankGeometry at = low_rank_geometry(parameter, rank);
+    const Shape& shape = parameter.shape;
     require(nodes.inputs(i)[1].dtype == nodes.inputs()[1].dtype, "{}: gradient of {}, expected {} as for {}",
             parameter.name, to_string(nodes.inputs(i)[1].dtype), to_string(nodes.inputs()[1].dtype),
             nodes.op<UpdateOp>().parameter().name);
-    require(at.n % kAlignment == 0 && at.m % kAlignment == 0 && at.rank % kAlignment == 0,
+    require(shape[0] % kAlignment == 0 && shape[1] % kAlignment == 0,
+            "{}: {}, expected multiples of {}; train on the CPU", parameter.name, shape.str(), kAlignment);
+  }
+}
+
+void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states) {
+  require_matrices(nodes, states);
+  for (std::size_t i = 0; i < nodes.group.count; ++i) {
+    const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
+    const LowRankGeometry at = low_rank_geometry(parameter, rank);
+    require(at.rank % kAlignment == 0,
             "{}: {} of rank {}, expected multiples of {}; set optimizer.rank, or train on the CPU", parameter.name,
             parameter.shape.str(), at.rank, kAlignment);
     require(at.rank <= kLargestRefreshRank, "{}: optimizer.rank {}, expected at most {}", parameter.name, at.rank,

@@ -53,7 +53,9 @@ class LowRankGroup {
   Buffer matrix_table_, piece_table_;
 };
 
-/// Throws the usage Error of low-rank updates whose weights, gradients, states, sizes or rank the GPU does not take.
+/// Throws the usage Error of updates of matrices whose weights, gradients, states or sizes the GPU does not take.
+void require_matrices(const Nodes& nodes, StatePrecision states);
+/// The same, and of low-rank updates whose rank it does not take.
 void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states);
 
 }  // namespace kiln::cuda

@@ -1,5 +1,6 @@
 #include "kernels/launch.cuh"
 #include "kernels/low_rank.cuh"
+#include "kernels/low_rank_one.h"
 #include "kernels/split_master.cuh"
 #include "kernels/vector.cuh"
 
@@ -90,6 +91,36 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
+/// One block a matrix of rank 1, and one phi for all vectors.
+template <typename State>
+__global__ void __launch_bounds__(1024)
+    one_moments_of(const LowRankMatrix* matrices, const double* scalars, Moments c) {
+  __shared__ double scratch[32];
+  if (skipped(scalars)) return;
+  const LowRankMatrix& t = matrices[blockIdx.x];
+  const int vectors = t.vectors(), thread = static_cast<int>(threadIdx.x);
+  const std::uint64_t key = rounding_seed(c.seed, scalars[static_cast<int>(Scalar::step)]);
+  double direction2 = 0, projected2 = 0;
+  for (int group = thread; group < vectors / kEach; group += 1024) {
+    State* const moment = static_cast<State*>(t.moment) + group * kEach;
+    State* const square = static_cast<State*>(t.square) + group * kEach;
+    Float8 m = load_state(moment), v = load_state(square);
+    std::uint32_t pairs[kEach];
+    const float2 sum = advance(m, v, load_state(t.projected + group * kEach), pairs, c);
+    direction2 += static_cast<double>(sum.x);
+    projected2 += static_cast<double>(sum.y);
+    store_state(moment, m, key, t.moment_stream, group);
+    store_state(square, v, key, t.square_stream, group);
+  }
+  direction2 = block_sum(direction2, scratch);
+  projected2 = block_sum(projected2, scratch);
+  const float phi = static_cast<float>(sqrt(direction2) / (sqrt(projected2) + static_cast<double>(kNormEps)));
+  for (int i = thread; i < vectors; i += 1024) {
+    t.phi[i] = phi;
+    t.share[i] = phi * phi * t.squares[i];
+  }
+}
+
 struct Limit {
   double gamma, outside, beta1, beta2, weight_decay;
   bool scale;  // low_rank_scale follows
@@ -115,21 +146,30 @@ __global__ void __launch_bounds__(1024) limit(const LowRankMatrix* matrices, con
   t.factor[2] = t.decay ? static_cast<float>(1.0 - lr * c.weight_decay) : 1.0f;
 }
 
+Moments constants(const LowRankStep& s) {
+  return {.b1 = static_cast<float>(s.beta1),
+          .b2 = static_cast<float>(s.beta2),
+          .c1 = static_cast<float>(1.0 - s.beta1),
+          .c2 = static_cast<float>(1.0 - s.beta2),
+          .eps = static_cast<float>(s.eps),
+          .inside_square = static_cast<float>(s.inside_square),
+          .residual = s.residual,
+          .pairs = s.back != 0,
+          .seed = s.seed};
+}
+
 }  // namespace
 
 void low_rank_moments(const LowRankTable& table) {
-  const LowRankStep& s = table.step;
-  const Moments c{.b1 = static_cast<float>(s.beta1),
-                  .b2 = static_cast<float>(s.beta2),
-                  .c1 = static_cast<float>(1.0 - s.beta1),
-                  .c2 = static_cast<float>(1.0 - s.beta2),
-                  .eps = static_cast<float>(s.eps),
-                  .inside_square = static_cast<float>(s.inside_square),
-                  .residual = s.residual,
-                  .pairs = s.back != 0,
-                  .seed = s.seed};
   launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream},
-         table.half_states ? moments_of<bf16> : moments_of<float>, table.matrices, table.pieces, table.scalars, c);
+         table.half_states ? moments_of<bf16> : moments_of<float>, table.matrices, table.pieces, table.scalars,
+         constants(table.step));
+}
+
+void low_rank_one_moments(const LowRankTable& table) {
+  launch({"low_rank_one_moments", static_cast<unsigned>(table.count), 1024, table.stream},
+         table.half_states ? one_moments_of<bf16> : one_moments_of<float>, table.matrices, table.scalars,
+         constants(table.step));
 }
 
 void low_rank_limit(const LowRankTable& table) {

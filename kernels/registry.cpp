@@ -37,7 +37,9 @@ const std::vector<OpEntry>& entries() {
                                          galore_entry(),
                                          fira_entry(),
                                          fira_plus_entry(),
-                                         apollo_entry()};
+                                         apollo_entry(),
+                                         muon_entry(),
+                                         lora_entry()};
   return list;
 }
 

@@ -18,6 +18,8 @@ struct Parameter {
   bool low_rank = false;       // a linear weight of a layer: low-rank optimizers project its gradient
   /// Its number among the low-rank ones in table order, and how many there are: staggers their refreshes.
   std::int64_t low_rank_index = 0, low_rank_count = 1;
+  Shape own{};  // less the zeros that a device pads it with; empty: `shape`
+  const Shape& own_shape() const { return own.rank() == 0 ? shape : own; }
 };
 
 /// Step scalars, one f64 tensor [kScalarCount] read and written by nodes, so that a captured step needs no host value.

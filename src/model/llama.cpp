@@ -91,6 +91,10 @@ ParameterTable llama_parameters(const LlamaConfig& config, const StorageLayout& 
     if (parameter.low_rank) parameter.low_rank_index = low_rank++;
   for (Parameter& parameter : table.parameters)
     if (parameter.low_rank) parameter.low_rank_count = low_rank;
+  if (layout.multiple > 1) {
+    const ParameterTable own = llama_parameters(config, layout.dtype);
+    for (std::size_t p = 0; p < own.parameters.size(); ++p) table.parameters[p].own = own.parameters[p].shape;
+  }
   return table;
 }
 

@@ -9,8 +9,6 @@
 namespace kiln {
 namespace {
 
-constexpr double kPruned = 0.99;  // of the moments, at a restart
-
 Moments moments_of(const Parameter& parameter, const LoraUpdate::Options& o, bool of_a) {
   const LowRankShape at(parameter.shape, o.rank);
   return Moments(parameter, of_a ? Shape{at.rank, at.n} : Shape{at.m, at.rank},
@@ -18,13 +16,13 @@ Moments moments_of(const Parameter& parameter, const LoraUpdate::Options& o, boo
                  of_a ? "lora_a_" : "lora_b_");
 }
 
-/// Zero but where the second moment is among the largest 1 - kPruned; scratch [numel].
+/// Zero but where the second moment is among the largest 1 - kLoraPruned; scratch [numel].
 template <typename T>
 void prune(const MomentViews<T>& moments, T* scratch) {
   const std::int64_t n = moments.second.numel();
   const T* v = moments.second.load_all(scratch);
   if (v != scratch) std::copy(v, v + n, scratch);
-  T* least = scratch + static_cast<std::int64_t>(kPruned * static_cast<double>(n));
+  T* least = scratch + static_cast<std::int64_t>(kLoraPruned * static_cast<double>(n));
   std::nth_element(scratch, least, scratch + n);
   const T threshold = *least;
   moments.for_blocks([=](std::int64_t, std::int64_t count, T* first, T* second) {

@@ -10,7 +10,8 @@ namespace kiln {
 /// dA, dB the changes. So losses, A and B are those of LoRA with adapters of its own, in exact arithmetic: the forward
 /// pass of x W_0' + s (x A') B' is x W', and W_0 is never needed. It saves Adam's states, not the gradient, which is
 /// whole. The global norm that clips is that of whole gradients. s = alpha / r; A ~ U(-1/sqrt(n), 1/sqrt(n)) from
-/// Philox(seed, stream_of(NAME) + epoch).uniform(e), B = 0, drawn at step 1.
+/// Philox(seed, stream_of(NAME) + epoch).uniform(e), B = 0, drawn at step 1; n, and e in rows of n, without a device's
+/// padding.
 ///
 /// ReLoRA (restart): at each refresh (projector.h) after the first, A is drawn anew and B is 0, so that what was learnt
 /// stays in W and a new subspace opens. Of both moments the 1 % with the largest second moments are kept, the rest is
@@ -60,6 +61,9 @@ class LoraUpdate final : public UpdateOp {
   LowRankShape at_;
   Moments of_a_, of_b_;
 };
+
+/// Of the moments, at a restart.
+inline constexpr double kLoraPruned = 0.99;
 
 /// LoRA or ReLoRA on the layers' linear weights, AdamW (PyTorch's form) on the rest.
 std::unique_ptr<Optimizer> make_lora(const OptimizerOptions& options);

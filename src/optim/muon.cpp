@@ -9,8 +9,7 @@
 namespace kiln {
 namespace {
 
-constexpr int kIterations = 5;
-constexpr double kA = 3.4445, kB = -4.7750, kC = 2.0315;
+constexpr double kA = kNewtonSchulz[0], kB = kNewtonSchulz[1], kC = kNewtonSchulz[2];
 
 StateStore momentum_store(const Parameter& parameter, const MuonUpdate::Options& o) {
   return StateStore(parameter, {.name = "momentum", .shape = parameter.shape, .precision = o.states, .seed = o.seed});
@@ -40,7 +39,7 @@ void orthogonalise(std::int64_t m, std::int64_t n, T* x, T* copy, T* grams) {
   T *gram = grams, *square = gram + m * m;
   const T inverse = static_cast<T>(1.0 / (std::sqrt(squared_norm(m, n, x)) + 1e-7));
   scale_weights(m * n, inverse, x);
-  for (int k = 0; k < kIterations; ++k) {
+  for (int k = 0; k < kNewtonSchulzSteps; ++k) {
     gemm<T>({.trans_b = Trans::yes, .m = m, .n = m, .k = n, .a = x, .lda = n, .b = x, .ldb = n, .c = gram, .ldc = m});
     // b A + c A A in one product: A symmetric.
     std::copy(gram, gram + m * m, square);
@@ -82,7 +81,8 @@ std::vector<StateSpec> MuonUpdate::states(const Parameter& parameter, const Opti
 }
 
 double MuonUpdate::scale() const {
-  const double m = static_cast<double>(parameter().shape[0]), n = static_cast<double>(parameter().shape[1]);
+  const Shape& own = parameter().own_shape();
+  const double m = static_cast<double>(own[0]), n = static_cast<double>(own[1]);
   return options_.scale == MuonScale::match_rms ? 0.2 * std::sqrt(std::max(m, n)) : std::sqrt(std::max(1.0, m / n));
 }
 
@@ -95,7 +95,7 @@ std::size_t MuonUpdate::workspace_bytes(std::span<const TensorSpec> in) const {
 Cost MuonUpdate::cost(std::span<const TensorSpec>) const {
   const double m = static_cast<double>(parameter().shape[0]), n = static_cast<double>(parameter().shape[1]);
   const double side = std::min(m, n);
-  return {kIterations * (4.0 * side * m * n + 2.0 * side * side * side), 20.0 * m * n};
+  return {kNewtonSchulzSteps * (4.0 * side * m * n + 2.0 * side * side * side), 20.0 * m * n};
 }
 
 void MuonUpdate::update(const UpdateArgs& args) const {

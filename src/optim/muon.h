@@ -28,7 +28,7 @@ class MuonUpdate final : public UpdateOp {
   Cost cost(std::span<const TensorSpec> in) const override;
   static std::vector<StateSpec> states(const Parameter& parameter, const Options& options);
   const Options& options() const { return options_; }
-  /// What the orthogonalised momentum is multiplied by, before the learning rate.
+  /// What the orthogonalised momentum is multiplied by, before the learning rate. Padding counts for nothing.
   double scale() const;
 
  protected:
@@ -42,6 +42,10 @@ class MuonUpdate final : public UpdateOp {
   Options options_;
   StateStore momentum_;
 };
+
+/// Coefficients a, b, c of the iteration, and how often it is done.
+inline constexpr double kNewtonSchulz[3] = {3.4445, -4.7750, 2.0315};
+inline constexpr int kNewtonSchulzSteps = 5;
 
 /// Five Newton-Schulz steps on x [m,n] in place, m <= n, after division by its norm; scratch of [m,n] and 2 [m,m].
 template <typename T>

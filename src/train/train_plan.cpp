@@ -37,8 +37,10 @@ void check_padding(const TrainPlanOptions& options, const Optimizer& optimizer, 
   for (std::size_t p = 0; p < table.parameters.size(); ++p) {
     const Shape &mine = table.parameters[p].shape, &stored = padded.parameters[p].shape;
     if (mine == stored) continue;
-    if (!table.parameters[p].low_rank || !has_rank(options.optimizer.kind)) continue;
-    const auto rank = [&](const Shape& shape) { return std::min({options.optimizer.rank, shape[0], shape[1]}); };
+    const bool mini = options.optimizer.kind == OptimizerKind::apollo_mini;
+    if (!table.parameters[p].low_rank || !(mini || has_rank(options.optimizer.kind))) continue;
+    const std::int64_t wanted = mini ? 1 : options.optimizer.rank;
+    const auto rank = [&](const Shape& shape) { return std::min({wanted, shape[0], shape[1]}); };
     check(projection_side(mine) == projection_side(stored) && rank(mine) == rank(stored),
           "{}: {} is stored as {} on this device, whose subspace is another one; use a model.ffn that is a multiple of "
           "{}, "

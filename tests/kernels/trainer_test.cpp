@@ -90,7 +90,13 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
                         {OptimizerKind::fira, StatePrecision::bf16},
                         {OptimizerKind::fira_plus, StatePrecision::fp32},
                         {OptimizerKind::fira_plus, StatePrecision::bf16},
-                        {OptimizerKind::apollo, StatePrecision::fp32}})
+                        {OptimizerKind::apollo, StatePrecision::fp32},
+                        {OptimizerKind::apollo_mini, StatePrecision::fp32},
+                        {OptimizerKind::apollo_mini, StatePrecision::bf16},
+                        {OptimizerKind::muon, StatePrecision::fp32},
+                        {OptimizerKind::muon, StatePrecision::bf16},
+                        {OptimizerKind::lora, StatePrecision::fp32},
+                        {OptimizerKind::relora, StatePrecision::bf16}})
     for (const std::int64_t micro : {3, 12}) {  // gradients in f32 and in bf16
       INFO(to_string(c.kind) << ", states " << to_string(c.states) << ", micro-batch " << micro);
       const Scratch scratch;

@@ -70,6 +70,19 @@ void check_gradients(const LlamaConfig& config, Recompute recompute = Recompute:
   }
 }
 
+TEST_CASE("parameters of a padded layout know their own sizes") {
+  const LlamaConfig config = tiny_config();
+  const ParameterTable own = llama_parameters(config, DType::f32),
+                       padded = llama_parameters(config, StorageLayout(DType::bf16, 64));
+  std::size_t longer = 0;
+  for (std::size_t p = 0; p < own.parameters.size(); ++p) {
+    CHECK(own.parameters[p].own_shape() == own.parameters[p].shape);
+    CHECK(padded.parameters[p].own_shape() == own.parameters[p].shape);
+    longer += padded.parameters[p].shape != own.parameters[p].shape ? 1 : 0;
+  }
+  CHECK(longer >= 4);  // embedding, gate, up and down
+}
+
 TEST_CASE("gradients of a two-layer LLaMA with grouped queries match central differences") {
   check_gradients(tiny_config());
 }

@@ -138,6 +138,17 @@ TEST_CASE("rounded states change the path, but not much") {
   }
 }
 
+TEST_CASE("Muon's scale is that of the matrix without a device's padding") {
+  Parameter parameter = test::matrix(64, 96);
+  parameter.own = {64, 90};
+  for (const MuonScale scale : {MuonScale::match_rms, MuonScale::spectral}) {
+    const MuonUpdate::Options options{.momentum = 0.9, .weight_decay = 0, .scale = scale, .seed = 1};
+    CHECK(MuonUpdate(parameter, options).scale() == MuonUpdate(test::matrix(64, 90), options).scale());
+  }
+  CHECK(MuonUpdate(test::matrix(64, 90), {.momentum = 0.9, .weight_decay = 0, .scale = MuonScale::match_rms, .seed = 1})
+            .scale() == 0.2 * std::sqrt(90.0));
+}
+
 TEST_CASE("clip_scale is a factor on the gradient of every member") {
   for (const OptimizerOptions& options : all_members()) {
     if (options.states != StatePrecision::fp32) continue;
