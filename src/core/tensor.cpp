@@ -40,19 +40,33 @@ Tensor Tensor::rows(std::int64_t first, std::int64_t count) const {
   return {begin, {shape, spec.dtype}};
 }
 
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20, kLarge = 2 * kHugePage;
+
+std::size_t rounded_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+}  // namespace
+
 Buffer::Buffer(std::size_t bytes, std::string_view what) : size_(bytes) {
   // Large buffers ask for huge pages: rows of logits or of an arena lie further apart than the TLB reaches otherwise.
-  constexpr std::size_t kHugePage = std::size_t{2} << 20, kLine = 64;
-  const bool large = bytes >= 2 * kHugePage;
+  constexpr std::size_t kLine = 64;
+  const bool large = bytes >= kLarge;
   const std::size_t alignment = large ? kHugePage : kLine;
-  const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  const std::size_t rounded = rounded_up(bytes, alignment);
   if (rounded == 0) return;
   data_ = std::unique_ptr<std::byte, Free>(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)),
                                            Free{[](std::byte* p) noexcept { std::free(p); }});
   if (!data_)
     fail(ExitCode::resource, "out of memory: {} of {} bytes; use a smaller model or micro-batch", what, bytes);
   if (large) ::madvise(data_.get(), rounded, MADV_HUGEPAGE);  // a hint; without it only speed is lost
-  std::memset(data_.get(), 0, rounded);
+  zero();
+}
+
+void Buffer::zero() const {
+  // Pages given back read as zeros, and take no memory until they are written: whole ones of a large buffer.
+  if (size_ >= kLarge && ::madvise(data(), rounded_up(size_, kHugePage), MADV_DONTNEED) == 0) return;
+  if (size_ > 0) std::memset(data(), 0, size_);
 }
 
 }  // namespace kiln

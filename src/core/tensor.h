@@ -77,6 +77,8 @@ class Buffer {
   Buffer(std::byte* data, std::size_t bytes, Release release) : data_(data, Free{release}), size_(bytes) {}
   std::byte* data() const { return data_.get(); }
   std::size_t size() const { return size_; }
+  /// Zeros it. Host memory alone; a large buffer then takes none of it until it is written again.
+  void zero() const;
 
  private:
   struct Free {
@@ -93,6 +95,7 @@ class HostTensor {
   HostTensor() = default;
   explicit HostTensor(TensorSpec spec, std::string_view what = "tensor") : buffer_(spec.bytes(), what), spec_(spec) {}
   Tensor view() const { return {buffer_.data(), spec_}; }
+  void zero() const { buffer_.zero(); }
   template <typename T>
   std::span<T> span() const {
     return view().span<T>();

@@ -111,7 +111,12 @@ std::size_t ModelWeights::bytes() const {
 }
 
 void initialise(const ModelWeights& weights, std::uint64_t seed) {
+  for (std::size_t s = 0; s < weights.table().storages.size(); ++s) initialise(weights, s, seed);
+}
+
+void initialise(const ModelWeights& weights, std::size_t storage, std::uint64_t seed) {
   for (const Parameter& parameter : weights.table().parameters) {
+    if (parameter.storage != storage) continue;
     const Tensor tensor = weights.view(parameter);
     const Philox random(seed, stream_of(parameter.name.c_str()));
     const double std = weights.config().init_std;

@@ -46,6 +46,8 @@ class ModelWeights {
   Tensor storage(std::size_t index) const { return storages_[index].view(); }
   Tensor view(const Parameter& parameter) const { return table_.view(parameter, storage(parameter.storage)); }
   std::size_t bytes() const;
+  /// Gives the memory of a storage back until it is written again (Buffer::zero).
+  void zero(std::size_t storage) const { storages_[storage].zero(); }
 
  private:
   LlamaConfig config_;
@@ -56,6 +58,7 @@ class ModelWeights {
 /// Linear weights and embedding ~ N(0, init_std), norms 1. Each draw is a function of (seed, name, index), so it does
 /// not depend on the order of creation, the number of threads or the layout of storages.
 void initialise(const ModelWeights& weights, std::uint64_t seed);
+void initialise(const ModelWeights& weights, std::size_t storage, std::uint64_t seed);
 
 /// The shape at which a plan is recorded.
 struct BatchShape {

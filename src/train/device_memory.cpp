@@ -35,7 +35,8 @@ std::int64_t columns(const Shape& shape) { return shape.rank() > 1 ? shape[shape
 
 }  // namespace
 
-DeviceWeights::DeviceWeights(const ModelWeights& host, const StorageLayout& layout, bool masters, Backend& backend)
+DeviceWeights::DeviceWeights(Unfilled, const ModelWeights& host, const StorageLayout& layout, bool masters,
+                             Backend& backend)
     : host_(host),
       layout_(layout),
       table_(llama_parameters(host.config(), layout)),
@@ -47,7 +48,22 @@ DeviceWeights::DeviceWeights(const ModelWeights& host, const StorageLayout& layo
     high_.emplace_back(backend, storage.spec, storage.name);
     if (masters) low_.emplace_back(backend, TensorSpec{storage.spec.shape, DType::u16}, storage.name);
   }
+}
+
+DeviceWeights::DeviceWeights(const ModelWeights& host, const StorageLayout& layout, bool masters, Backend& backend)
+    : DeviceWeights(Unfilled{}, host, layout, masters, backend) {
   push();
+}
+
+DeviceWeights::DeviceWeights(const ModelWeights& host, const StorageLayout& layout, bool masters, Backend& backend,
+                             std::uint64_t seed)
+    : DeviceWeights(Unfilled{}, host, layout, masters, backend) {
+  for (std::size_t s = 0; s < count(); ++s) {
+    initialise(host_, s, seed);
+    if (shared_) continue;
+    push(host_, s);
+    host_.zero(s);
+  }
 }
 
 template <typename F>
@@ -67,28 +83,33 @@ void DeviceWeights::push() const {
   if (!shared_) push(host_);
 }
 
-void DeviceWeights::push(const ModelWeights& from_model) const {
-  std::vector<std::uint16_t> high, low;
-  for (std::size_t s = 0; s < high_.size(); ++s) {
-    high.assign(static_cast<std::size_t>(high_[s].view().numel()), 0);
-    low.assign(high.size(), 0);
-    for_rows(from_model, s, [&](const Tensor& from, std::int64_t first, std::int64_t pitch) {
-      const float* values = from.as<float>();
-      const std::int64_t width = columns(from.shape());
-      parallel_for(from.numel() / width, 64, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t r = begin; r < end; ++r)
-          for (std::int64_t c = 0; c < width; ++c) {
-            const auto at = static_cast<std::size_t>(first + r * pitch + c);
-            const float value = values[r * width + c];
-            const Halves halves = low_.empty() ? Halves{to_bfloat16(value).bits, 0} : split(value);
-            high[at] = halves.high;
-            low[at] = halves.low;
+void DeviceWeights::push(const ModelWeights& from) const {
+  for (std::size_t s = 0; s < high_.size(); ++s) push(from, s);
+}
+
+void DeviceWeights::push(const ModelWeights& from_model, std::size_t s) const {
+  std::vector<std::uint16_t> high(static_cast<std::size_t>(high_[s].view().numel())),
+      low(low_.empty() ? 0 : high.size());
+  for_rows(from_model, s, [&](const Tensor& from, std::int64_t first, std::int64_t pitch) {
+    const float* values = from.as<float>();
+    const std::int64_t width = columns(from.shape());
+    parallel_for(from.numel() / width, 64, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t r = begin; r < end; ++r)
+        for (std::int64_t c = 0; c < width; ++c) {
+          const auto at = static_cast<std::size_t>(first + r * pitch + c);
+          const float value = values[r * width + c];
+          if (low.empty()) {
+            high[at] = to_bfloat16(value).bits;
+            continue;
           }
-      });
+          const Halves halves = split(value);
+          high[at] = halves.high;
+          low[at] = halves.low;
+        }
     });
-    backend_.upload(high_[s].view(), high.data());
-    if (!low_.empty()) backend_.upload(low_[s].view(), low.data());
-  }
+  });
+  backend_.upload(high_[s].view(), high.data());
+  if (!low_.empty()) backend_.upload(low_[s].view(), low.data());
 }
 
 void DeviceWeights::pull() const {

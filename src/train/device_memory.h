@@ -28,6 +28,10 @@ class DeviceWeights {
  public:
   /// `masters`: bf16 storages are the upper halves of f32 masters, whose lower halves low() holds. Ends with push().
   DeviceWeights(const ModelWeights& host, const StorageLayout& layout, bool masters, Backend& backend);
+  /// Starts from initialise(host, seed). A copy takes one storage after the other, so that the host's weights hold no
+  /// memory before they are pulled.
+  DeviceWeights(const ModelWeights& host, const StorageLayout& layout, bool masters, Backend& backend,
+                std::uint64_t seed);
   /// f32 on the host itself.
   explicit DeviceWeights(const ModelWeights& host) : DeviceWeights(host, DType::f32, false, cpu_backend()) {}
 
@@ -61,11 +65,14 @@ class DeviceWeights {
   }
 
  private:
+  struct Unfilled {};  // what its storages hold is left open
+  DeviceWeights(Unfilled, const ModelWeights& host, const StorageLayout& layout, bool masters, Backend& backend);
   /// Calls visit(rows of `host`, first element in the padded storage, padded row length) for each parameter of a
   /// storage.
   template <typename F>
   void for_rows(const ModelWeights& host, std::size_t storage, F&& visit) const;
   void push(const ModelWeights& from) const;
+  void push(const ModelWeights& from, std::size_t storage) const;
   /// The f32 rows of a storage; `low` is null without masters.
   void join(std::size_t storage, const std::uint16_t* high, const std::uint16_t* low, const ModelWeights& to) const;
   void exchange(const ModelWeights& other) const;

@@ -37,13 +37,11 @@ struct Bench {
         train(std::move(plan)),
         weights(o.model, DType::f32),
         states(weights.table(), *train.optimizer),
-        device_weights(weights, train.layout, !train.lows.empty(), backend),
+        device_weights(weights, train.layout, !train.lows.empty(), backend, 1),
         device_states(train, states, backend),
         inputs(backend, o.model, device_weights.layout(), o.batch.tokens() * o.micro_batches, o.batch.seq_len),
         executor(train.plan, o.micro_batches, backend),
         replay(backend.replay()) {
-    initialise(weights, 1);
-    device_weights.push();
     const Philox random(1, stream_of("bench"));
     const auto count = static_cast<std::uint64_t>(inputs.tokens.view().numel());
     std::vector<std::int32_t> tokens, targets;

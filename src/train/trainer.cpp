@@ -88,7 +88,7 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
                                device_communicator_ ? *device_communicator_ : communicator)),
       weights_(model_, DType::f32),
       states_(weights_.table(), *train_.optimizer),
-      device_weights_(weights_, train_.layout, keeps_masters(config, *backend_), *backend_),
+      device_weights_(weights_, train_.layout, keeps_masters(config, *backend_), *backend_, config.run.seed),
       device_states_(train_, states_, *backend_),
       tokens_(static_cast<std::size_t>(config.batch.sequences / communicator.size() * config.data.seq_len)),
       targets_(tokens_.size()),
@@ -103,8 +103,6 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
   launched_.reserve(2);
   if (!options.quiet && communicator.rank() == 0 && (config.memory.budget || !backend_->is_host()))
     log_info("micro-batches of {} sequences, memory.recompute {}", micro_.sequences, to_string(memory_.recompute));
-  initialise(weights_, config.run.seed);
-  device_weights_.push();
   bind_training(executor_, train_, device_weights_, device_states_);
   inputs_.bind(executor_, train_.values);
   if (!config.data.valid.empty()) {

@@ -58,7 +58,13 @@ TEST_CASE("buffers are zeroed and aligned, large ones too") {
   for (const std::size_t bytes : {std::size_t{1}, std::size_t{100}, std::size_t{9} << 20}) {
     const Buffer buffer(bytes);
     CHECK(std::bit_cast<std::uintptr_t>(buffer.data()) % 64 == 0);
-    CHECK(std::all_of(buffer.data(), buffer.data() + bytes, [](std::byte b) { return b == std::byte{0}; }));
+    const auto zeroed = [&] {
+      return std::all_of(buffer.data(), buffer.data() + bytes, [](std::byte b) { return b == std::byte{0}; });
+    };
+    CHECK(zeroed());
+    std::fill(buffer.data(), buffer.data() + bytes, std::byte{7});
+    buffer.zero();
+    CHECK(zeroed());
   }
 }
 
