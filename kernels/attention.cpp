@@ -9,7 +9,9 @@ namespace {
 
 using bf16 = __nv_bfloat16;
 
-void require_supported(const Nodes& nodes, const AttentionShape& shape) {
+template <typename T>
+void check_supported(const Nodes& nodes) {
+  const AttentionShape shape = nodes.op<T>().shape();
   require(
       nodes.inputs()[0].dtype == DType::bf16 && attention_supported(shape),
       "attention: {} with {} heads of {} over {} key heads, expected bf16, heads of 32, 64 or 128, and query heads in "
@@ -19,7 +21,6 @@ void require_supported(const Nodes& nodes, const AttentionShape& shape) {
 
 std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
   const AttentionShape shape = nodes.op<Attention>().shape();
-  require_supported(nodes, shape);
   return simple_kernel([shape, stream = context.stream](const KernelArgs& args) {
     attention_forward(shape, args.in[0].shape()[0],
                       {.qkv = static_cast<const bf16*>(args.in[0].data),
@@ -57,7 +58,6 @@ class GradientKernel final : public Kernel {
 
 std::unique_ptr<Kernel> make_gradient(const Nodes& nodes, Context& context) {
   const AttentionShape shape = nodes.op<AttentionGradient>().shape();
-  require_supported(nodes, shape);
   return std::make_unique<GradientKernel>(shape, context.stream);
 }
 
@@ -68,15 +68,19 @@ bool rotates_gradient(const Nodes& nodes) {
 
 }  // namespace
 
-OpEntry attention_entry() { return {.name = "attention", .make = make_forward}; }
+OpEntry attention_entry() { return {.name = "attention", .make = make_forward, .check = check_supported<Attention>}; }
 OpEntry attention_gradient_entry() {
-  return {.name = "attention_dx", .workspace_bytes = gradient_workspace, .make = make_gradient};
+  return {.name = "attention_dx",
+          .workspace_bytes = gradient_workspace,
+          .make = make_gradient,
+          .check = check_supported<AttentionGradient>};
 }
 OpEntry attention_rope_gradient_entry() {
   return {.name = "attention_dx",
           .second = "rope_dx",
           .workspace_bytes = gradient_workspace,
           .make = make_gradient,
+          .check = check_supported<AttentionGradient>,
           .fuses = rotates_gradient};
 }
 

@@ -125,12 +125,7 @@ __global__ void __launch_bounds__(kThreads)
 class ClassifierKernel final : public Kernel {
  public:
   ClassifierKernel(const Nodes& nodes, Context& context)
-      : context_(context), options_(nodes.op<Classifier>().options()), scratch_(scratch_of(nodes.inputs())) {
-    const std::vector<TensorSpec> in = nodes.inputs();
-    require(in[0].dtype == DType::bf16 && in[0].shape[1] % 8 == 0 && in[1].shape[0] % 8 == 0,
-            "classifier: x {} {} and w {}, expected bf16 and sizes in eights", to_string(in[0].dtype),
-            in[0].shape.str(), in[1].shape.str());
-  }
+      : context_(context), options_(nodes.op<Classifier>().options()), scratch_(scratch_of(nodes.inputs())) {}
 
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& args = nodes.front();
@@ -208,11 +203,20 @@ std::unique_ptr<Kernel> make_classifier(const Nodes& nodes, Context& context) {
   return std::make_unique<ClassifierKernel>(nodes, context);
 }
 
+void check_classifier(const Nodes& nodes) {
+  const std::vector<TensorSpec> in = nodes.inputs();
+  require(in[0].dtype == DType::bf16 && in[0].shape[1] % 8 == 0 && in[1].shape[0] % 8 == 0,
+          "classifier: x {} {} and w {}, expected bf16 and sizes in eights", to_string(in[0].dtype), in[0].shape.str(),
+          in[1].shape.str());
+}
+
+OpEntry entry(std::string_view name) {
+  return {.name = name, .workspace_bytes = workspace, .make = make_classifier, .check = check_classifier};
+}
+
 }  // namespace
 
-OpEntry classifier_entry() { return {.name = "classifier", .workspace_bytes = workspace, .make = make_classifier}; }
-OpEntry classifier_with_gradient_entry() {
-  return {.name = "classifier_with_gradient", .workspace_bytes = workspace, .make = make_classifier};
-}
+OpEntry classifier_entry() { return entry("classifier"); }
+OpEntry classifier_with_gradient_entry() { return entry("classifier_with_gradient"); }
 
 }  // namespace kiln::cuda

@@ -106,14 +106,14 @@ Scratch scratch_of(std::span<const TensorSpec> in) { return {.count = in[0].shap
 
 std::size_t gradient_workspace(const Nodes& nodes) { return scratch_of(nodes.inputs()).bytes(); }
 
-void require_width(const TensorSpec& spec) {
+void check_width(const Nodes& nodes) {
+  const TensorSpec spec = nodes.inputs()[1];
   require(spec.dtype == DType::bf16 && spec.shape[1] % 8 == 0 && spec.shape[1] <= 8192,
           "embedding: {} {}, expected bf16 and a width in eights, at most 8192", to_string(spec.dtype),
           spec.shape.str());
 }
 
-std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
-  require_width(nodes.inputs()[1]);
+std::unique_ptr<Kernel> make_forward(const Nodes&, Context& context) {
   return simple_kernel([stream = context.stream](const KernelArgs& args) {
     const std::int64_t vectors = args.out[0].numel() / 8;
     launch({"embedding", blocks_for(vectors, kThreads), kThreads, stream}, gather, args.in[0].as<std::int32_t>(),
@@ -123,7 +123,6 @@ std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
 }
 
 std::unique_ptr<Kernel> make_gradient(const Nodes& nodes, Context& context) {
-  require_width(nodes.inputs()[1]);
   const Scratch scratch = scratch_of(nodes.inputs());
   const bool add = nodes.node().out.empty();
   return simple_kernel([scratch, add, stream = context.stream](const KernelArgs& args) {
@@ -155,9 +154,9 @@ std::unique_ptr<Kernel> make_gradient(const Nodes& nodes, Context& context) {
 
 }  // namespace
 
-OpEntry embedding_entry() { return {.name = "embedding", .make = make_forward}; }
+OpEntry embedding_entry() { return {.name = "embedding", .make = make_forward, .check = check_width}; }
 OpEntry embedding_gradient_entry() {
-  return {.name = "embedding_dw", .workspace_bytes = gradient_workspace, .make = make_gradient};
+  return {.name = "embedding_dw", .workspace_bytes = gradient_workspace, .make = make_gradient, .check = check_width};
 }
 
 }  // namespace kiln::cuda

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kWarps = 8;  // rows in flight of a block
 constexpr int kScaleThreads = 256;
-constexpr int kMaxVectors = 16;       // of eight elements a lane: C <= 4096
+constexpr int kMaxVectors = 32;       // of eight elements a lane: C <= 8192
 constexpr std::int64_t kParts = 528;  // partial sums of dw; fixed, so that the order of the sum is
 
 /// Vectors of eight that one lane holds of a row in the forward pass; warps that share a row in the backward pass.
@@ -190,11 +190,12 @@ void with_vectors(std::int64_t width, F&& f) {
     KILN_CASE(8);
 #undef KILN_CASE
     default:
+      if (vectors_of(width) <= 16) return f(std::integral_constant<int, 16>{});
       return f(std::integral_constant<int, kMaxVectors>{});
   }
 }
 
-void require_width(const Nodes& nodes) {
+void check_width(const Nodes& nodes) {
   const std::int64_t width = nodes.inputs()[0].shape[1];
   require(nodes.inputs()[0].dtype == DType::bf16 && width % 8 == 0 && vectors_of(width) <= kMaxVectors,
           "rms_norm: x {} {}, expected bf16 and a width that is a multiple of 8, at most {}",
@@ -202,7 +203,6 @@ void require_width(const Nodes& nodes) {
 }
 
 std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
-  require_width(nodes);
   const RmsNorm::Options options = nodes.op<RmsNorm>().options();
   return simple_kernel([options, stream = context.stream](const KernelArgs& args) {
     const std::int64_t rows = args.in[0].shape()[0], width = args.in[0].shape()[1];
@@ -222,8 +222,7 @@ std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
   });
 }
 
-std::unique_ptr<Kernel> make_scale(const Nodes& nodes, Context& context) {
-  require_width(nodes);
+std::unique_ptr<Kernel> make_scale(const Nodes&, Context& context) {
   return simple_kernel([stream = context.stream](const KernelArgs& args) {
     const std::int64_t vectors = args.in[0].numel() / 8;
     launch({"rms_scale", blocks_for(vectors, kScaleThreads), kScaleThreads, stream}, scale_rows,
@@ -237,8 +236,7 @@ std::size_t backward_workspace(const Nodes& nodes) {
   return static_cast<std::size_t>(kParts * nodes.inputs()[0].shape[1]) * sizeof(float);
 }
 
-std::unique_ptr<Kernel> make_backward(const Nodes& nodes, Context& context) {
-  require_width(nodes);
+std::unique_ptr<Kernel> make_backward(const Nodes&, Context& context) {
   return simple_kernel([stream = context.stream](const KernelArgs& args) {
     const std::int64_t rows = args.in[0].shape()[0], width = args.in[0].shape()[1];
     const std::int64_t rows_per_part = std::max<std::int64_t>(kWarps, (rows + kParts - 1) / kParts);
@@ -266,11 +264,11 @@ std::unique_ptr<Kernel> make_backward(const Nodes& nodes, Context& context) {
 
 }  // namespace
 
-OpEntry rms_norm_entry() { return {.name = "rms_norm", .make = make_forward}; }
-OpEntry add_rms_norm_entry() { return {.name = "add_rms_norm", .make = make_forward}; }
-OpEntry rms_scale_entry() { return {.name = "rms_scale", .make = make_scale}; }
+OpEntry rms_norm_entry() { return {.name = "rms_norm", .make = make_forward, .check = check_width}; }
+OpEntry add_rms_norm_entry() { return {.name = "add_rms_norm", .make = make_forward, .check = check_width}; }
+OpEntry rms_scale_entry() { return {.name = "rms_scale", .make = make_scale, .check = check_width}; }
 OpEntry rms_norm_gradient_entry() {
-  return {.name = "rms_norm_dx", .workspace_bytes = backward_workspace, .make = make_backward};
+  return {.name = "rms_norm_dx", .workspace_bytes = backward_workspace, .make = make_backward, .check = check_width};
 }
 
 }  // namespace kiln::cuda

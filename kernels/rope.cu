@@ -41,12 +41,16 @@ __global__ void __launch_bounds__(kThreads) rotate(RopeArgs a) {
   store8(p + a.half, pack(y));
 }
 
+void check_rope(const Nodes& nodes) {
+  const std::int64_t head_dim = nodes.op<Rope>().shape().head_dim;
+  require(nodes.inputs()[0].dtype == DType::bf16 && head_dim % 16 == 0,
+          "rope: {} with heads of {}, expected bf16 and a multiple of 16", to_string(nodes.inputs()[0].dtype),
+          head_dim);
+}
+
 std::unique_ptr<Kernel> make_rope(const Nodes& nodes, Context& context) {
   const Rope& op = nodes.op<Rope>();
   const AttentionShape shape = op.shape();
-  require(nodes.inputs()[0].dtype == DType::bf16 && shape.head_dim % 16 == 0,
-          "rope: {} with heads of {}, expected bf16 and a multiple of 16", to_string(nodes.inputs()[0].dtype),
-          shape.head_dim);
   const float sign = op.direction() == Rope::Direction::forward ? 1.0f : -1.0f;
   return simple_kernel([shape, sign, stream = context.stream](const KernelArgs& args) {
     const std::int64_t heads = shape.heads + shape.kv_heads;
@@ -65,7 +69,7 @@ std::unique_ptr<Kernel> make_rope(const Nodes& nodes, Context& context) {
 
 }  // namespace
 
-OpEntry rope_entry() { return {.name = "rope", .make = make_rope}; }
-OpEntry rope_gradient_entry() { return {.name = "rope_dx", .make = make_rope}; }
+OpEntry rope_entry() { return {.name = "rope", .make = make_rope, .check = check_rope}; }
+OpEntry rope_gradient_entry() { return {.name = "rope_dx", .make = make_rope, .check = check_rope}; }
 
 }  // namespace kiln::cuda

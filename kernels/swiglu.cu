@@ -53,14 +53,13 @@ __global__ void __launch_bounds__(kThreads)
   store8(dx + at.gate + width, pack(dup));
 }
 
-void require_width(const Nodes& nodes) {
+void check_width(const Nodes& nodes) {
   const TensorSpec x = nodes.inputs()[0];
   require(x.dtype == DType::bf16 && x.shape[1] % 16 == 0, "swiglu: x {} {}, expected bf16 and a width F in eights",
           to_string(x.dtype), x.shape.str());
 }
 
-std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
-  require_width(nodes);
+std::unique_ptr<Kernel> make_forward(const Nodes&, Context& context) {
   return simple_kernel([stream = context.stream](const KernelArgs& args) {
     const std::int64_t vectors = args.out[0].numel() / 8;
     launch({"swiglu", blocks_for(vectors, kThreads), kThreads, stream}, forward,
@@ -69,8 +68,7 @@ std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
   });
 }
 
-std::unique_ptr<Kernel> make_backward(const Nodes& nodes, Context& context) {
-  require_width(nodes);
+std::unique_ptr<Kernel> make_backward(const Nodes&, Context& context) {
   return simple_kernel([stream = context.stream](const KernelArgs& args) {
     const std::int64_t vectors = args.in[1].numel() / 8;
     launch({"swiglu_dx", blocks_for(vectors, kThreads), kThreads, stream}, backward,
@@ -81,7 +79,7 @@ std::unique_ptr<Kernel> make_backward(const Nodes& nodes, Context& context) {
 
 }  // namespace
 
-OpEntry swiglu_entry() { return {.name = "swiglu", .make = make_forward}; }
-OpEntry swiglu_gradient_entry() { return {.name = "swiglu_dx", .make = make_backward}; }
+OpEntry swiglu_entry() { return {.name = "swiglu", .make = make_forward, .check = check_width}; }
+OpEntry swiglu_gradient_entry() { return {.name = "swiglu_dx", .make = make_backward, .check = check_width}; }
 
 }  // namespace kiln::cuda

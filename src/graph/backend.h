@@ -82,7 +82,8 @@ class Backend {
   virtual NodeGroup group(const Plan& plan, std::size_t first) const = 0;
   /// Scratch of one run of a group; known without a device, so that a plan can be packed anywhere.
   virtual std::size_t workspace_bytes(const Plan& plan, NodeGroup group) const = 0;
-  /// A usage Error names the op when kernel() has none for it, or for an optimizer's settings; known without a device.
+  /// A usage Error names the op when kernel() has none for it, for its shapes or for an optimizer's settings; known
+  /// without a device.
   virtual void check_kernel(const Plan& plan, NodeGroup group) const = 0;
   /// A usage Error names the op when the device has no kernel for it, or none for its shapes.
   virtual std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) = 0;

@@ -2,6 +2,14 @@
 
 namespace kiln {
 
+void check_kernels(const Plan& plan, const Backend& backend) {
+  for (std::size_t n = 0; n < plan.nodes().size();) {
+    const NodeGroup group = backend.group(plan, n);
+    backend.check_kernel(plan, group);
+    n += group.count;
+  }
+}
+
 Executor::Executor(const Plan& plan, int micro_batches, Backend& backend)
     : plan_(plan),
       backend_(backend),

@@ -6,6 +6,9 @@
 
 namespace kiln {
 
+/// A usage Error where the device has no kernel for a node; takes no memory.
+void check_kernels(const Plan& plan, const Backend& backend);
+
 /// Binds a plan to memory on a device and runs it. After construction, binding and a first run, run() allocates
 /// nothing. Not thread-safe; plan and backend must outlive it.
 class Executor {

@@ -118,11 +118,7 @@ std::optional<std::string> refusal(const Config& config, const Site& site) {
   try {
     const TrainPlan train = record_train_plan(
         plan_options(config, site.configured(config), site.backend, site.communicator.size()), site.communicator);
-    for (std::size_t n = 0; n < train.plan.nodes().size();) {
-      const NodeGroup group = site.backend.group(train.plan, n);
-      site.backend.check_kernel(train.plan, group);
-      n += group.count;
-    }
+    check_kernels(train.plan, site.backend);
   } catch (const Error& e) {
     if (e.code() == ExitCode::usage) return e.what();
     throw;

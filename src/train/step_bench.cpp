@@ -127,6 +127,7 @@ StepBench bench_step(const StepBenchOptions& o, Backend& backend) {
        .masters = o.masters && !backend.is_host(),
        .update_in_backward = o.update_in_backward},
       *communicator);
+  check_kernels(plan.plan, backend);
   Bench bench(o, backend, std::move(plan));
   for (int i = 0; i < 3; ++i) bench.step(o.micro_batches, true);
   backend.synchronize();

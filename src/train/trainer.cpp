@@ -71,6 +71,13 @@ MemoryChoice open_memory(const Config& config, Backend& backend, Communicator& c
                             bench_timer(config, backend, communicator.size()));
 }
 
+/// Refused before any memory is taken where the device lacks a kernel.
+TrainPlan runnable_plan(const TrainPlanOptions& options, Communicator& communicator, const Backend& backend) {
+  TrainPlan train = record_train_plan(options, communicator);
+  check_kernels(train.plan, backend);
+  return train;
+}
+
 }  // namespace
 
 Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOptions options)
@@ -84,8 +91,8 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       memory_(open_memory(config, *backend_, device_communicator_ ? *device_communicator_ : communicator,
                           options.write_files)),
       micro_(memory_.micro),
-      train_(record_train_plan(plan_options(config, memory_, *backend_, communicator.size()),
-                               device_communicator_ ? *device_communicator_ : communicator)),
+      train_(runnable_plan(plan_options(config, memory_, *backend_, communicator.size()),
+                           device_communicator_ ? *device_communicator_ : communicator, *backend_)),
       weights_(model_, DType::f32),
       states_(weights_.table(), *train_.optimizer),
       device_weights_(weights_, train_.layout, keeps_masters(config, *backend_), *backend_, config.run.seed),

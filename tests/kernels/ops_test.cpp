@@ -177,7 +177,8 @@ TEST_CASE("RMS norm and its gradient on the GPU", "[gpu]") {
   for (const bool residual : {false, true})
     for (const bool arriving : {false, true}) {
       check_case(norm_case(1, 8, residual, arriving), *gpu);
-      check_case(norm_case(65, 4096, residual, arriving), *gpu);
+      for (const std::int64_t width : {4096, 4104, 6656, 8192})
+        check_case(norm_case(65, width, residual, arriving), *gpu);
       for (std::int64_t seed = 0; seed < kDraws; ++seed) {
         Draw draw(static_cast<std::uint64_t>(200 + seed));
         check_case(norm_case(draw.between(1, 2000), any_width(draw), residual, arriving), *gpu);
