@@ -8,6 +8,7 @@
 #include "base/files.h"
 #include "io/checkpoint.h"
 #include "merge/input_hashes.h"
+#include "merge/model_shards.h"
 #include "merge/write_averages.h"
 
 namespace kiln {
@@ -72,7 +73,7 @@ void hash_on_the_way(std::vector<MergeInput>& inputs, const std::vector<Safetens
     }
 }
 
-void write_model(const fs::path& path, std::vector<MergeInput>& inputs, std::span<const double> weights,
+void write_model(CheckpointWriter& checkpoint, std::vector<MergeInput>& inputs, std::span<const double> weights,
                  const MergeOptions& options, MergeReport& report) {
   const std::vector<SafetensorsWriter::Item> items = output_items(*inputs.front().model, options.dtype);
   std::map<std::string, Sources> sources;
@@ -87,15 +88,19 @@ void write_model(const fs::path& path, std::vector<MergeInput>& inputs, std::spa
     report.bytes_written += elements * size_of(item.dtype);
   }
   const Stopwatch watch;
-  SafetensorsWriter writer(path, items);
+  const std::vector<ModelShard> shards = model_shards(items, options.max_shard_bytes);
+  std::vector<std::unique_ptr<SafetensorsWriter>> writers;  // all at first, so that a full disk is found out first
+  for (const ModelShard& shard : shards)
+    writers.push_back(std::make_unique<SafetensorsWriter>(checkpoint.directory() / shard.file, shard.items));
   InputHashes hashes;
-  if (options.verify) hash_on_the_way(inputs, writer.layout(), hashes);
-  write_averages(writer, sources, weights, options.chunk_elements, &hashes);
+  if (options.verify) hash_on_the_way(inputs, in_layout_order(items), hashes);
+  for (const auto& writer : writers) write_averages(*writer, sources, weights, options.chunk_elements, &hashes);
   for (MergeInput& input : inputs)
     for (std::size_t i = 0; i < input.files.size() && options.verify; ++i)
       if (input.files[i].hash.empty()) input.files[i].hash = hashes.digest(*input.model->files()[i]);
   report.average_seconds = watch.seconds();
-  writer.finish();
+  for (const auto& writer : writers) writer->finish();
+  if (shards.size() > 1) checkpoint.write_json("model.safetensors.index.json", shard_index(shards));
 }
 
 Json method_json(const WeightOptions& options) {
@@ -220,7 +225,7 @@ MergeReport merge_checkpoints(const MergeOptions& options) {
   report.open_seconds = watch.seconds();
 
   CheckpointWriter writer(output);
-  write_model(writer.directory() / "model.safetensors", inputs, weights, options, report);
+  write_model(writer, inputs, weights, options, report);
   write_optimizer_files(writer, states, weights, options.chunk_elements);
   write_side_files(writer, inputs, options, report);
   writer.commit();

@@ -26,11 +26,13 @@ struct MergeOptions {
   bool verify = true;  // hashes, by manifest or for merge.json; sizes are always checked
   OptimizerStateMerge optimizer_state = OptimizerStateMerge::reset;
   bool keep_order = false;                            // the order given is oldest first, whatever the steps say
+  std::uint64_t max_shard_bytes = 0;                  // of tensors in one model file; 0: a single file
   std::size_t chunk_elements = std::size_t{1} << 19;  // of one thread
   Json state = Json::object();                        // keys that replace those of the newest state.json
 };
 
-/// Writes the weighted average of checkpoints as one checkpoint: model.safetensors, config.json and tokenizer files of
+/// Writes the weighted average of checkpoints as one checkpoint: model.safetensors (or shards with
+/// model.safetensors.index.json, whose tensors have the same bytes), config.json and tokenizer files of
 /// the newest, its state.json with `merged_from`, optimizer states as asked for, merge.json (inputs with hashes, steps
 /// and tokens; weights; implied decay) and a manifest. With optimizer states a run can resume from it.
 ///

@@ -29,6 +29,13 @@ TEST_CASE("train, merge, evaluate, generate, export and report work on one anoth
   REQUIRE(merged.code == 0);
   CHECK(Json::parse(merged.text).at("loss").get<double>() < std::log(64.0));
   CHECK(at("KILN train DIR/c.yaml run.dir=DIR/more --init-from DIR/merged --quiet").code == 0);
+  // In shards it is the same model.
+  REQUIRE(at("KILN merge DIR/run --last 3 --out DIR/shards --max-shard-size 20KiB").code == 0);
+  CHECK(fs::exists(at.dir / "shards/model.safetensors.index.json"));
+  const Outcome sharded = at("KILN eval DIR/shards --data DIR/train.bin --seq-len 16 --json");
+  INFO(sharded.text);
+  REQUIRE(sharded.code == 0);
+  CHECK(Json::parse(sharded.text).at("loss") == Json::parse(merged.text).at("loss"));
   CHECK(losses(at.dir / "more").front() < losses(at.dir / "run").front());
   CHECK(at("KILN export DIR/merged --out DIR/exported --dtype bf16").code == 0);
   CHECK(at("KILN import DIR/exported --out DIR/imported").code == 0);

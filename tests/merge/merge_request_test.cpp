@@ -32,9 +32,10 @@ TEST_CASE("every key of a merge file is read") {
                                                           "alpha: 0.2\nshape: 1-sqrt\nfinal_ratio: 0.1\nlast: 5\n"
                                                           "every: 2\ndtype: same\nverify: false\nkeep_order: true\n"
                                                           "normalise: false\nweights: [0.5, 0.5]\ndecay: [0.9]\n"
-                                                          "optimizer_state: keep-last\n"));
+                                                          "optimizer_state: keep-last\nmax_shard_size: 5KB\n"));
   CHECK(request.options.optimizer_state == OptimizerStateMerge::keep_last);
   CHECK(request.checkpoints == std::vector<std::string>{"a", "b"});
+  CHECK(request.options.max_shard_bytes == 5000);
   CHECK(request.last == 5);
   CHECK(request.every == 2);
   CHECK(request.options.output == "c");
