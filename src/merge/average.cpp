@@ -16,6 +16,19 @@ constexpr std::size_t kTile = 2048;
 
 constexpr std::uint64_t kKeptBytes = std::uint64_t{48} << 20;
 
+/// sum[k] = sum_i w_i x_i[k], from where each source stands in `from`: the same bits whether dtypes differ or not.
+void add_up(const Sources& sources, std::span<const std::byte* const> from, std::span<const double> weights,
+            std::span<double> sum) {
+  const DType first = sources.front().entry->dtype;
+  if (std::ranges::all_of(sources, [&](const ModelTensors::Source& s) { return s.entry->dtype == first; }))
+    return weighted_sum(from, first, weights, sum);
+  std::ranges::fill(sum, 0.0);
+  for (std::size_t i = 0; i < from.size(); ++i) {
+    const DType dtype = sources[i].entry->dtype;
+    add_weighted({from[i], sum.size() * size_of(dtype)}, dtype, weights[i], sum);
+  }
+}
+
 }  // namespace
 
 std::span<const std::byte> bytes_of(const ModelTensors::Source& source, std::uint64_t first, std::uint64_t count) {
@@ -26,16 +39,15 @@ std::span<const std::byte> bytes_of(const ModelTensors::Source& source, std::uin
 bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
              std::span<std::byte> out) {
   const std::size_t count = out.size() / size_of(dtype);
-  const DType input = sources.front().entry->dtype;
   std::vector<const std::byte*> from;
   for (const ModelTensors::Source& source : sources) from.push_back(bytes_of(source, first, count).data());
   std::array<double, kTile> sums;
   bool finite = true;
   for (std::size_t at = 0; at < count; at += kTile) {
     const std::span<double> sum(sums.data(), std::min(kTile, count - at));
-    weighted_sum(from, input, weights, sum);
+    add_up(sources, from, weights, sum);
     finite = round_sum(sum, dtype, out.subspan(at * size_of(dtype), sum.size() * size_of(dtype))) && finite;
-    for (const std::byte*& source : from) source += sum.size() * size_of(input);
+    for (std::size_t i = 0; i < from.size(); ++i) from[i] += sum.size() * size_of(sources[i].entry->dtype);
   }
   return finite;
 }

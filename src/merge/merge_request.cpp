@@ -76,7 +76,7 @@ const std::array<KeyRow, 16> kKeys{{
     {{"every", MergeKeyKind::value, "every K-th checkpoint, counted back from the newest"},
      [](MergeRequest& r, const Words& w) { r.every = to_count(w); }},
     {{"dtype", MergeKeyKind::value,
-      "of the merged weights: fp32, bf16, fp16 or same (default fp32)"},
+      "of the merged weights: fp32, bf16, fp16, or same as in the newest checkpoint (default fp32)"},
      [](MergeRequest& r, const Words& w) { r.options.dtype = parse_merge_dtype(one(w)); }},
     {{"optimizer_state", MergeKeyKind::value, "reset, keep-last or average (default reset)"},
      [](MergeRequest& r, const Words& w) { r.options.optimizer_state = parse_optimizer_state_merge(one(w)); }},

@@ -55,6 +55,14 @@ DType output_dtype(MergeDtype wanted, DType input) {
   fail(ExitCode::usage, "unknown merge dtype {}", static_cast<int>(wanted));
 }
 
+/// The newest by step, and of equals the last.
+const MergeInput& newest(const std::vector<MergeInput>& inputs) {
+  const MergeInput* best = &inputs.front();
+  for (const MergeInput& input : inputs)
+    if (input.step.value_or(-1) >= best->step.value_or(-1)) best = &input;
+  return *best;
+}
+
 std::vector<SafetensorsWriter::Item> output_items(const ModelTensors& model, MergeDtype dtype) {
   std::vector<SafetensorsWriter::Item> items;
   for (const auto& [name, source] : model.all())
@@ -75,7 +83,7 @@ void hash_on_the_way(std::vector<MergeInput>& inputs, const std::vector<Safetens
 
 void write_model(CheckpointWriter& checkpoint, std::vector<MergeInput>& inputs, std::span<const double> weights,
                  const MergeOptions& options, MergeReport& report) {
-  const std::vector<SafetensorsWriter::Item> items = output_items(*inputs.front().model, options.dtype);
+  const std::vector<SafetensorsWriter::Item> items = output_items(*newest(inputs).model, options.dtype);
   std::map<std::string, Sources> sources;
   for (const SafetensorsWriter::Item& item : items) {
     Sources& tensor = sources[item.name];
@@ -84,7 +92,7 @@ void write_model(CheckpointWriter& checkpoint, std::vector<MergeInput>& inputs, 
     const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
     report.tensors += 1;
     report.elements += elements;
-    report.bytes_read += (entry.end - entry.begin) * inputs.size();
+    for (const ModelTensors::Source& source : tensor) report.bytes_read += source.entry->end - source.entry->begin;
     report.bytes_written += elements * size_of(item.dtype);
   }
   const Stopwatch watch;
@@ -132,14 +140,6 @@ Json provenance(const std::vector<MergeInput>& inputs, const MergeOptions& optio
     json["checkpoints"].back()["files"] = files;
   }
   return json;
-}
-
-/// The newest by step, and of equals the last.
-const MergeInput& newest(const std::vector<MergeInput>& inputs) {
-  const MergeInput* best = &inputs.front();
-  for (const MergeInput& input : inputs)
-    if (input.step.value_or(-1) >= best->step.value_or(-1)) best = &input;
-  return *best;
 }
 
 void write_side_files(CheckpointWriter& writer, const std::vector<MergeInput>& inputs, const MergeOptions& options,

@@ -11,7 +11,8 @@
 
 namespace kiln {
 
-/// The dtype of the merged tensors. fp32 by default: a bf16 merge loses a good part of what averaging gains.
+/// The dtype of the merged tensors. fp32 by default: a bf16 merge loses a good part of what averaging gains. `same`: of
+/// each tensor in the newest checkpoint.
 enum class MergeDtype { fp32, bf16, fp16, same };
 
 /// "fp32", "bf16", "same"; a usage Error lists what exists.
@@ -25,8 +26,8 @@ struct MergeOptions {
   MergeDtype dtype = MergeDtype::fp32;
   bool verify = true;  // hashes, by manifest or for merge.json; sizes are always checked
   OptimizerStateMerge optimizer_state = OptimizerStateMerge::reset;
-  bool keep_order = false;                            // the order given is oldest first, whatever the steps say
   std::uint64_t max_shard_bytes = 0;                  // of tensors in one model file; 0: a single file
+  bool keep_order = false;                            // the order given is oldest first, whatever the steps say
   std::size_t chunk_elements = std::size_t{1} << 19;  // of one thread
   Json state = Json::object();                        // keys that replace those of the newest state.json
 };

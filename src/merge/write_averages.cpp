@@ -44,8 +44,11 @@ std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std
 /// As many elements that all threads together hold kMappedBytes of inputs at most, unless they are very many.
 std::size_t bounded(std::size_t piece_elements, const std::map<std::string, Sources>& sources) {
   std::size_t bytes = 1;  // of one element in all inputs
-  for (const auto& [name, tensor] : sources)
-    bytes = std::max(bytes, tensor.size() * size_of(tensor.front().entry->dtype));
+  for (const auto& [name, tensor] : sources) {
+    std::size_t here = 0;
+    for (const ModelTensors::Source& source : tensor) here += size_of(source.entry->dtype);
+    bytes = std::max(bytes, here);
+  }
   const std::size_t fitting = kMappedBytes / bytes / static_cast<std::size_t>(thread_count());
   return std::min(piece_elements, std::max(fitting, kPart));
 }
