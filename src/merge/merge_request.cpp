@@ -52,7 +52,7 @@ struct KeyRow {
   Setter set;
 };
 
-const std::array<KeyRow, 16> kKeys{{
+const std::array<KeyRow, 17> kKeys{{
     {{"checkpoints", MergeKeyKind::positional, "checkpoint directories, or a run's directory of snapshots"},
      [](MergeRequest& r, const Words& w) { r.checkpoints = w; }},
     {{"method", MergeKeyKind::value, "sma, wma, ema, ema-closed, schedule, qam or custom (default sma)"},
@@ -90,6 +90,8 @@ const std::array<KeyRow, 16> kKeys{{
      [](MergeRequest& r, const Words& w) { r.options.verify = to_bool(w); }},
     {{"keep_order", MergeKeyKind::flag, "take the order given as oldest first, whatever the steps say"},
      [](MergeRequest& r, const Words& w) { r.options.keep_order = to_bool(w); }},
+    {{"dry_run", MergeKeyKind::flag, "verify the inputs, print weights and what would be written, and write nothing"},
+     [](MergeRequest& r, const Words& w) { r.options.dry_run = to_bool(w); }},
 }};
 
 Words words_of(const YAML::Node& node, std::string_view where) {

@@ -30,6 +30,7 @@ struct MergeOptions {
   bool keep_order = false;                            // the order given is oldest first, whatever the steps say
   std::size_t chunk_elements = std::size_t{1} << 19;  // of one thread
   Json state = Json::object();                        // keys that replace those of the newest state.json
+  bool dry_run = false;                               // verify, report, and write nothing
 };
 
 /// Writes the weighted average of checkpoints as one checkpoint: model.safetensors (or shards with
@@ -44,6 +45,10 @@ struct MergeOptions {
 ///
 /// error  usage: options, an output that exists and is no merge; data: inputs that are torn, mixed or not finite;
 ///        resource: disk full. Nothing is left at `output` then, and an older merge there still stands.
+///
+/// A dry run does all that comes before the first byte, hashes of manifests included, finds a disk too full, and
+/// reports the files that it would write. It reads no weights of inputs without a manifest, so that one which is not
+/// finite is found by the merge alone.
 MergeReport merge_checkpoints(const MergeOptions& options);
 
 /// Sorting, unless the order is to be kept; but custom weights belong to the checkpoints in the order given.
