@@ -118,7 +118,10 @@ void write_model(CheckpointWriter& checkpoint, std::vector<MergeInput>& inputs, 
   }
   InputHashes hashes;
   if (options.verify) hash_on_the_way(inputs, layout, hashes);
-  for (const auto& writer : writers) write_averages(*writer, plan.sources, weights, options.chunk_elements, &hashes);
+  for (const auto& writer : writers) {
+    FileSink sink(*writer);
+    write_averages(sink, plan.sources, weights, options.chunk_elements, &hashes);
+  }
   for (MergeInput& input : inputs)
     for (std::size_t i = 0; i < input.files.size() && options.verify; ++i)
       if (input.files[i].hash.empty()) input.files[i].hash = hashes.digest(*input.model->files()[i]);
