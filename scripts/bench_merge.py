@@ -5,12 +5,16 @@ Usage: python scripts/bench_merge.py [--checkpoints 10] [--rounds 5] [--threads 
                                      [--mergekit PYTHON] [--record]     (needs a release build, numpy and safetensors)
 
 Each round measures, one after the other, so that all see the machine in the same state: reading the files from the page
-cache (preads of 1 MiB on T threads), writing a new file as large as the output (pwrites of 256 KiB, without fsync), `kiln
-merge`, and mergekit's `linear` where PYTHON is an interpreter that has it. The floor of averaging is the time of that
-reading and of that writing; outputs are removed and the disk is synced before each.
-kiln is timed as a process, with hashes of its inputs (which have no manifest, so they are hashed while they are averaged)
-and of its output, fsync and manifest; mergekit inside a process that has imported it already. Figures are medians over the rounds, shares those of each round; the merge is compared with numpy's
-fp64 sum, bit for bit. Only a machine that does nothing else gives meaningful shares.
+cache (preads of 1 MiB on T threads), writing a new file as large as the output (pwrites of 256 KiB, without fsync),
+`kiln merge`, and mergekit's `linear` where PYTHON is an interpreter that has it. The floor of averaging is the time of
+that reading and of that writing; outputs are removed and the disk is synced before each.
+kiln is timed as a process, with hashes of its inputs and of its output, fsync and manifest; mergekit inside a process
+that has imported it already. kiln runs twice: on the directories as `transformers` leaves them, which record no hash,
+so that theirs are computed while they are averaged; and on the same weights in directories with kiln's manifests, whose
+hashes are verified before the first byte is written, by a pass of its own. `kiln bench merge` then measures reading,
+averaging and hashing where nothing is written, against its own preads of the same files.
+Figures are medians over the rounds, shares those of each round; both merges are compared with numpy's fp64 sum, bit for
+bit. Only a machine that does nothing else gives meaningful shares.
 --record writes the table to scripts/results/merge.md.
 """
 
@@ -161,24 +165,48 @@ def equals_reference(directories, merged):
     return True
 
 
+def with_manifests(directories, work, arguments):
+    """The same weights in checkpoints of kiln: merges of one."""
+    made = []
+    for directory in directories:
+        made.append(work / f"manifest-{directory.name}")
+        run([arguments.kiln, "merge", directory, "--out", made[-1], "--json"], arguments.threads)
+        if not (made[-1] / "MANIFEST.json").exists():
+            sys.exit(f"bench_merge: {made[-1]} has no manifest")
+    return made
+
+
+def merge(directories, out, arguments):
+    """Report, seconds and peak of one merge."""
+    clear(out)
+    output, seconds, peak = run([arguments.kiln, "merge", *directories, "--out", out, "--json"], arguments.threads)
+    return json.loads(output), seconds, peak
+
+
 def measure(arguments, work):
     directories = write_checkpoints(work, arguments.checkpoints)
+    recorded = with_manifests(directories, work, arguments)
     files = [directory / "model.safetensors" for directory in directories]
-    read_cached(files, arguments.threads)  # fills the cache
+    # Fills the cache.
+    read_cached(files + [directory / "model.safetensors" for directory in recorded], arguments.threads)
     total, size = sum(path.stat().st_size for path in files) / 1e9, files[0].stat().st_size
     rounds = []
     for _ in range(arguments.rounds):
         before = read_cached(files, arguments.threads)
         write = write_cached(work / "written", size, arguments.threads)
-        clear(work / "kiln")
-        output, seconds, peak = run([arguments.kiln, "merge", *directories, "--out", work / "kiln", "--json"],
-                                    arguments.threads)  # fmt: skip
-        report = json.loads(output)
+        report, seconds, peak = merge(directories, work / "kiln", arguments)
         cache = (before + read_cached(files, arguments.threads)) / 2
         one = {"cache": cache, "write": write, "floor": total / cache + size / 1e9 / write, "seconds": seconds,
                "peak": peak, "average": total / report["average_seconds"]}  # fmt: skip
         one["average share"] = one["average"] / cache
         one["floor share"] = one["floor"] / report["average_seconds"]
+        verified, one["verified seconds"], _ = merge(recorded, work / "verified", arguments)
+        if verified["verified_files"] != len(recorded):
+            sys.exit(f"bench_merge: {verified['verified_files']} of {len(recorded)} hashes were verified")
+        one["verify"] = total / verified["open_seconds"]
+        output, _, _ = run([arguments.kiln, "bench", "merge", *directories, "--repeats", 3, "--json",
+                            "--threads", arguments.threads], arguments.threads)  # fmt: skip
+        one |= {f"unwritten {key}": value for key, value in json.loads(output).items()}
         if arguments.mergekit:
             clear(work / "mergekit")
             command = [arguments.mergekit, "-c", MERGEKIT, work / "mergekit", arguments.threads, *directories]
@@ -188,7 +216,7 @@ def measure(arguments, work):
             one["ratio of the floor"] = one["mergekit seconds"] / one["floor"]
         rounds.append(one)
     median = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    median["exact"] = equals_reference(directories, work / "kiln")
+    median["exact"] = all(equals_reference(directories, work / out) for out in ("kiln", "verified"))
     return median
 
 
@@ -200,6 +228,14 @@ def table(arguments, median):
         ("kiln: reading, hashing, averaging and writing back", f"{median['average']:.1f} GB/s of inputs, "
          f"{100 * median['average share']:.0f} % of reading alone, {100 * median['floor share']:.0f} % of the floor's"),
         ("kiln: the whole command, with fsync and manifest", f"{median['seconds']:.2f} s"),
+        ("kiln: the same of inputs with manifests, verified before",
+         f"{median['verified seconds']:.2f} s, of it verifying at {median['verify']:.1f} GB/s"),
+        ("kiln bench merge: preads of 1 MiB", f"{median['unwritten read_gb_per_s']:.1f} GB/s"),
+        ("kiln bench merge: reading and averaging, nothing written",
+         f"{median['unwritten average_gb_per_s']:.1f} GB/s, "
+         f"{100 * median['unwritten average_fraction']:.0f} % of that"),
+        ("kiln bench merge: reading, hashing and averaging, nothing written",
+         f"{median['unwritten hashed_gb_per_s']:.1f} GB/s, {100 * median['unwritten hashed_fraction']:.0f} %"),
         ("kiln: peak resident memory", f"{median['peak']:.0f} MiB"),
         ("kiln: equal to the fp64 sum rounded once", "bit for bit" if median["exact"] else "NO"),
     ]
@@ -223,7 +259,7 @@ def main():
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--work", type=pathlib.Path, help="directory for about 3 GB; a temporary one otherwise")
+    parser.add_argument("--work", type=pathlib.Path, help="directory for about 6 GB; a temporary one otherwise")
     parser.add_argument("--kiln", default=ROOT / "build/release/kiln")
     parser.add_argument("--mergekit", help="a Python interpreter with mergekit")
     parser.add_argument("--record", action="store_true")

@@ -5,6 +5,8 @@
 #include "apps/commands.h"
 #include "base/json.h"
 #include "core/parallel.h"
+#include "merge/inputs.h"
+#include "merge/merge_bench.h"
 #include "train/device.h"
 #include "train/op_bench.h"
 #include "train/step_bench.h"
@@ -19,8 +21,9 @@ struct BenchArguments {
   std::vector<std::string> overrides;                                                     // of the configuration
   std::vector<std::string> presets{"llama_60m", "llama_130m", "llama_350m", "llama_1b"};  // of GEMMs on a GPU
   std::int64_t sequences = 8, seq_len = 256, m = 2048, n = 2048, k = 2048;
-  std::int64_t tokens = 0;  // 0: the device's default
-  int op_repeats = 20;      // of attention, and of GEMMs on a GPU
+  std::vector<std::filesystem::path> checkpoints;  // of a merge
+  std::int64_t tokens = 0;                         // 0: the device's default
+  int op_repeats = 20;                             // of attention, and of GEMMs on a GPU
   int micro_batches = 1, steps = 5, repeats = 5, threads = 0;
   double clip_norm = 1.0;
   bool json = false;
@@ -173,6 +176,30 @@ void run_attention(const BenchArguments& a) {
                r.forward_flops_per_s() / 1e12, r.backward_flops_per_s() / 1e12);
 }
 
+void run_merge(const BenchArguments& a) {
+  set_threads(a);
+  const MergeBench b = bench_merge(expand_checkpoints(a.checkpoints), a.repeats);
+  const auto rate = [&](double seconds) { return static_cast<double>(b.bytes) / seconds / 1e9; };
+  if (a.json) {
+    Json json{{"threads", thread_count()},
+              {"bytes", b.bytes},
+              {"read_gb_per_s", rate(b.read_seconds)},
+              {"average_gb_per_s", rate(b.average_seconds)},
+              {"average_fraction", b.average_fraction},
+              {"hashed_gb_per_s", rate(b.hashed_seconds)},
+              {"hashed_fraction", b.hashed_fraction}};
+    std::cout << json.dump() << '\n';
+    return;
+  }
+  fmt::print("{} threads, {:.2f} GB of tensors in the page cache, nothing written\n\n", thread_count(),
+             static_cast<double>(b.bytes) / 1e9);
+  fmt::print("{:<32} {:>8.1f} GB/s\n", "preads of 1 MiB", rate(b.read_seconds));
+  fmt::print("{:<32} {:>8.1f} GB/s, {:.0f} % of that\n", "reading and averaging", rate(b.average_seconds),
+             100 * b.average_fraction);
+  fmt::print("{:<32} {:>8.1f} GB/s, {:.0f} %\n", "reading, hashing and averaging", rate(b.hashed_seconds),
+             100 * b.hashed_fraction);
+}
+
 }  // namespace
 
 void add_bench_command(CLI::App& app) {
@@ -211,6 +238,16 @@ void add_bench_command(CLI::App& app) {
         ->capture_default_str()
         ->check(CLI::PositiveNumber);
   }
+  CLI::App* merge = command->add_subcommand(
+      "merge", "reading, hashing and averaging checkpoints, against reading them; nothing is written");
+  merge->add_option("checkpoints", a->checkpoints, "checkpoint directories, or a run's directory of snapshots")
+      ->required();
+  merge->add_option("--repeats", a->repeats, "rounds, of which the median counts")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  merge->add_flag("--json", a->json, "one JSON object");
+  merge->add_option("--threads", a->threads, "default: OMP_NUM_THREADS, or every processor");
+  add_quiet_flag(*merge);
   for (CLI::App* sub : {step, gemm, attention}) {
     sub->add_option("--device", a->device, "auto, cpu or cuda")->capture_default_str();
     sub->add_flag("--json", a->json, "one JSON object");
@@ -220,6 +257,7 @@ void add_bench_command(CLI::App& app) {
   step->callback([a] { run_step(*a); });
   gemm->callback([a] { run_gemm(*a); });
   attention->callback([a] { run_attention(*a); });
+  merge->callback([a] { run_merge(*a); });
 }
 
 }  // namespace kiln

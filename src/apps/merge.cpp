@@ -85,6 +85,7 @@ void add_merge_command(CLI::App& app) {
   add_quiet_flag(*command);
   command->footer(
       "Example: kiln merge runs/fira60m --method ema --alpha 0.1 --last 10 --out merged\n"
+      "         kiln merge runs/fira60m --last 10 --out merged --dry-run\n"
       "A run's directory stands for its snapshots (RUN/snapshots) or, without any, its checkpoints.");
   command->callback([arguments, command] {
     const MergeReport report = merge_checkpoints(resolve_merge(to_request(*arguments)));

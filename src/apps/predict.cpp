@@ -33,10 +33,27 @@ struct PredictArguments {
   bool anneal_check = false, json = false, quiet = false;
 };
 
+/// A run of which nothing is known but its files would silently add nothing, and its curve be taken from another.
+void check_metrics(const fs::path& run, const std::string& what) {
+  if (!fs::exists(run / "metrics.jsonl"))
+    fail(ExitCode::data, "{}: {}holds no metrics.jsonl, from which losses and learning rates are taken; {}",
+         run.string(), what,
+         what.empty() ? "restore the file, or name a run directory of `kiln train`"
+                      : "name a run directory of `kiln train`, or leave it out");
+}
+
 /// The trunk's configuration with what the command line overrides.
 Config run_config(const PredictArguments& arguments) {
   check(fs::exists(arguments.run / "config.yaml"), "{}: holds no config.yaml; name a run directory of `kiln train`",
         arguments.run.string());
+  check_metrics(arguments.run, "");
+  for (const fs::path& run : arguments.calibrate) {
+    check_metrics(run, "given as --calibrate, and ");
+    check(!fs::equivalent(run, arguments.run),
+          "{}: --calibrate names the run itself, whose earlier anneals count "
+          "anyway; name other runs",
+          run.string());
+  }
   Config config = load_config(arguments.run / "config.yaml", {});
   config.run.dir = arguments.run.string();
   if (!arguments.data.empty()) config.data.valid = {{.pattern = arguments.data}};
@@ -272,7 +289,10 @@ void add_predict_command(CLI::App& app) {
           "Where models are evaluated: cpu (f32), cuda (bf16 products, sums in f32) or auto; the anneal trains "
           "on the run's")
       ->capture_default_str();
-  command->add_option("--calibrate", a->calibrate, "Other runs whose anneal checks and curves count as earlier ones");
+  command->add_option(
+      "--calibrate", a->calibrate,
+      "Other runs whose anneal checks and curves count as earlier ones; of checks, those of the same shape, "
+      "final ratio and share");
   command->add_flag("--json", a->json, "Print one JSON object");
   command->add_flag("--quiet", a->quiet, "Print nothing; RUN_DIR/prediction.json and prediction.html are written");
   command->footer(

@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "io/checkpoint.h"
 #include "merge/streaming_merge.h"
+#include "report/metrics.h"
 
 namespace kiln {
 namespace {
@@ -27,6 +28,12 @@ OptimizerStateMerge state_merge(const fs::path& checkpoint) {
   return OptimizerStateMerge::average;
 }
 
+/// What was found, without the advice for a run that ends there.
+std::string cause_of(const Divergence& divergence) {
+  const std::string text = divergence.what();
+  return text.substr(0, text.find("; "));
+}
+
 void merge_before(const Config& config, const Divergence& divergence, const std::vector<fs::path>& checkpoints,
                   const fs::path& out) {
   const RunPosition& at = divergence.at();
@@ -36,17 +43,21 @@ void merge_before(const Config& config, const Divergence& divergence, const std:
   options.inputs = checkpoints;
   options.output = out;
   options.optimizer_state = states;
-  options.state = {{"data_position", position},
-                   {"rescues", at.rescues + 1},
-                   {"rescued_from", {{"step", at.step}, {"reason", divergence.what()}}}};
+  const RescueEvent event{.number = at.rescues + 1,
+                          .step = at.step,
+                          .resumed_step = checkpoint_step(checkpoints.back()).value(),
+                          .oldest_step = checkpoint_step(checkpoints.front()).value(),
+                          .checkpoints = static_cast<std::int64_t>(checkpoints.size()),
+                          .optimizer_states = std::string(to_string(states)),
+                          .reason = cause_of(divergence)};
+  options.state = {{"data_position", position}, {"rescues", event.number}, {"rescued_from", to_json(event)}};
   merge_checkpoints(options);
   log_warning(
       "rescue {} of {}: {} is the mean of {} checkpoint{}, steps {} to {}, with optimizer states {}; training goes on "
       "after step {} at sample {}, {} batches behind the start of the offending one",
-      at.rescues + 1, config.rescue.limit, out.string(), checkpoints.size(), checkpoints.size() == 1 ? "" : "s",
-      checkpoint_step(checkpoints.front()).value(), checkpoint_step(checkpoints.back()).value(),
-      states == OptimizerStateMerge::average ? "averaged" : "of the newest",
-      checkpoint_step(checkpoints.back()).value(), position, config.rescue.skip);
+      event.number, config.rescue.limit, out.string(), event.checkpoints, event.checkpoints == 1 ? "" : "s",
+      event.oldest_step, event.resumed_step, states == OptimizerStateMerge::average ? "averaged" : "of the newest",
+      event.resumed_step, position, config.rescue.skip);
 }
 
 /// Snapshots and averages of the stretch that is dropped, which would pass for the run's own.

@@ -29,6 +29,13 @@ void weighted_sum(std::span<const std::byte* const> sources, DType dtype, std::s
 /// error  usage: another dtype
 bool round_sum(std::span<const double> sum, DType dtype, std::span<std::byte> out);
 
+/// round_sum of weighted_sum, bit for bit, of `count` elements.
+///
+/// out    count elements of rounded_to
+/// error  usage: another dtype
+bool rounded_sum(std::span<const std::byte* const> sources, DType dtype, std::span<const double> weights,
+                 DType rounded_to, std::size_t count, std::span<std::byte> out);
+
 /// fp64 to storage with one rounding, to nearest even (through fp32 it would be two). Overflow gives infinity.
 bfloat16 round_to_bfloat16(double value);
 float16 round_to_float16(double value);

@@ -193,13 +193,18 @@ void SafetensorsReader::read_floats(const SafetensorEntry& entry, std::uint64_t 
   read_as(*this, entry, first, out);
 }
 
-SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<Item> items,
-                                     std::map<std::string, std::string> metadata)
-    : path_(path), items_(std::move(items)) {
-  std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) {
+std::vector<SafetensorsWriter::Item> in_layout_order(std::vector<SafetensorsWriter::Item> items) {
+  using Item = SafetensorsWriter::Item;
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
     return std::pair(-static_cast<int>(size_of(a.dtype)), std::string_view(a.name)) <
            std::pair(-static_cast<int>(size_of(b.dtype)), std::string_view(b.name));
   });
+  return items;
+}
+
+SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<Item> items,
+                                     std::map<std::string, std::string> metadata)
+    : path_(path), items_(in_layout_order(std::move(items))) {
   std::string header = header_of(items_, metadata, offsets_, expected_).dump();
   header.resize((header.size() + 7) / 8 * 8, ' ');
   descriptor_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);

@@ -94,6 +94,9 @@ class SafetensorsWriter {
   int descriptor_ = -1;
 };
 
+/// Items as SafetensorsWriter lays them out: by descending dtype size, then name.
+std::vector<SafetensorsWriter::Item> in_layout_order(std::vector<SafetensorsWriter::Item> items);
+
 /// "F32" <-> DType::f32 and so on; a data Error for a dtype that is not known.
 std::string_view safetensors_name(DType dtype);
 DType safetensors_dtype(std::string_view name);

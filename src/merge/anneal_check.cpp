@@ -32,6 +32,12 @@ AnnealCheck parse_check(const fs::path& path) {
 
 }  // namespace
 
+bool same_kind(const Anneal& a, const Anneal& b) {
+  constexpr double kMost = 1.25;
+  return a.shape == b.shape && a.final_ratio == b.final_ratio && a.share() <= kMost * b.share() &&
+         b.share() <= kMost * a.share();
+}
+
 double anneal_factor(const Anneal& anneal, std::int64_t step) {
   if (step <= anneal.begin) return 1.0;
   const double x = std::min(1.0, static_cast<double>(step - anneal.begin) / static_cast<double>(anneal.steps()));

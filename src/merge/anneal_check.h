@@ -16,7 +16,14 @@ struct Anneal {
   DecayShape shape = DecayShape::linear;
   double final_ratio = 0;
   std::int64_t steps() const { return end - begin; }
+  double share() const {
+    return static_cast<double>(steps()) / static_cast<double>(end);
+  }  ///< of all steps up to its end
 };
+
+/// Whether the errors and the gap of one say something about the other: the same shape and final ratio, and shares that
+/// differ by a quarter at most, since anneals begin where there is a checkpoint.
+bool same_kind(const Anneal& a, const Anneal& b);
 
 /// The learning rate's factor at a step: 1 up to `begin`, `final_ratio` at `end`.
 double anneal_factor(const Anneal& anneal, std::int64_t step);

@@ -10,11 +10,24 @@
 namespace kiln {
 namespace {
 
-// Elements summed at a time, straight from the page cache; their sums (16 KiB) are rounded out of the first-level
-// cache.
+// Elements summed at a time; their sums (16 KiB) are rounded out of the first-level cache.
 constexpr std::size_t kTile = 2048;
-
 constexpr std::uint64_t kKeptBytes = std::uint64_t{48} << 20;
+
+/// As rounded_sum, of sources that differ in dtype: the same bits as if all were fp64.
+bool average_mixed(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
+                   std::span<std::byte> out) {
+  std::array<double, kTile> sums;
+  bool finite = true;
+  for (std::size_t at = 0, count = out.size() / size_of(dtype); at < count; at += kTile) {
+    const std::span<double> sum(sums.data(), std::min(kTile, count - at));
+    std::ranges::fill(sum, 0.0);
+    for (std::size_t i = 0; i < sources.size(); ++i)
+      add_weighted(bytes_of(sources[i], first + at, sum.size()), sources[i].entry->dtype, weights[i], sum);
+    finite = round_sum(sum, dtype, out.subspan(at * size_of(dtype), sum.size() * size_of(dtype))) && finite;
+  }
+  return finite;
+}
 
 }  // namespace
 
@@ -25,19 +38,13 @@ std::span<const std::byte> bytes_of(const ModelTensors::Source& source, std::uin
 
 bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,
              std::span<std::byte> out) {
-  const std::size_t count = out.size() / size_of(dtype);
   const DType input = sources.front().entry->dtype;
+  if (std::ranges::any_of(sources, [&](const ModelTensors::Source& s) { return s.entry->dtype != input; }))
+    return average_mixed(sources, weights, first, dtype, out);
+  const std::size_t count = out.size() / size_of(dtype);
   std::vector<const std::byte*> from;
   for (const ModelTensors::Source& source : sources) from.push_back(bytes_of(source, first, count).data());
-  std::array<double, kTile> sums;
-  bool finite = true;
-  for (std::size_t at = 0; at < count; at += kTile) {
-    const std::span<double> sum(sums.data(), std::min(kTile, count - at));
-    weighted_sum(from, input, weights, sum);
-    finite = round_sum(sum, dtype, out.subspan(at * size_of(dtype), sum.size() * size_of(dtype))) && finite;
-    for (const std::byte*& source : from) source += sum.size() * size_of(input);
-  }
-  return finite;
+  return rounded_sum(from, input, weights, dtype, count, out);
 }
 
 void InputMemory::done(const Sources& sources, std::uint64_t first, std::uint64_t count) {

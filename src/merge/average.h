@@ -10,7 +10,7 @@
 
 namespace kiln {
 
-/// One tensor in every checkpoint of a merge, oldest first. All have one dtype and size.
+/// One tensor in every checkpoint of a merge, oldest first. All have one shape; their dtypes may differ.
 using Sources = std::vector<ModelTensors::Source>;
 
 /// Elements [first, first + count) of a source, where they lie.
@@ -19,7 +19,7 @@ std::span<const std::byte> bytes_of(const ModelTensors::Source& source, std::uin
 /// out[k] = round(sum_i w_i x_i[first + k]): accumulated in fp64, oldest first, without fused multiply-adds, and
 /// rounded once, to nearest even. An element's result depends on nothing else.
 ///
-/// in     sources of f32, f64, bf16 or f16, read through their maps    weights, one a source
+/// in     sources of f32, f64, bf16 or f16, each in its own, read through their maps    weights, one a source
 /// out    as many elements of `dtype` (f32, f64, bf16 or f16) as `out` holds bytes for
 /// returns false when a result is not finite; fail_not_finite then says why
 bool average(const Sources& sources, std::span<const double> weights, std::uint64_t first, DType dtype,

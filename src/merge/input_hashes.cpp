@@ -1,18 +1,10 @@
 #include "merge/input_hashes.h"
 
 #include <algorithm>
-#include <limits>
-#include <thread>
 
 #include "base/error.h"
 
 namespace kiln {
-namespace {
-
-constexpr int kTries = 256;
-constexpr std::size_t kAborted = std::numeric_limits<std::size_t>::max();
-
-}  // namespace
 
 bool InputHashes::follow(const SafetensorsReader& file, const std::vector<SafetensorsWriter::Item>& layout) {
   auto at = layout.begin();
@@ -33,34 +25,27 @@ void InputHashes::add(const ModelTensors::Source& source, std::uint64_t first, s
   if (found == files_.end()) return;
   File& file = *found->second;
   const std::span<const std::byte> bytes = bytes_of(source, first, count);
-  const auto begin = static_cast<std::size_t>(bytes.data() - source.file->header().data());
-  int tries = 0;
-  for (std::size_t added = file.added; added != begin; added = file.added) {
-    if (added == kAborted) return;
-    // The thread before is most often almost done, and waking up takes longer than it needs.
-    if (++tries < kTries)
-      std::this_thread::yield();
-    else
-      file.added.wait(added);
+  const std::byte* const start = source.file->header().data();
+  std::unique_lock lock(file.mutex);
+  file.waiting.emplace(static_cast<std::size_t>(bytes.data() - start), bytes.size());
+  if (file.busy) return;
+  file.busy = true;
+  while (!file.waiting.empty() && file.waiting.begin()->first == file.added) {
+    const std::size_t size = file.waiting.begin()->second;
+    file.waiting.erase(file.waiting.begin());
+    lock.unlock();
+    file.hasher.add({start + file.added, size});  // busy: no other thread changes these two
+    lock.lock();
+    file.added += size;
   }
-  file.hasher.add(bytes);
-  std::size_t expected = begin;  // unless it was aborted meanwhile
-  file.added.compare_exchange_strong(expected, begin + bytes.size());
-  file.added.notify_all();
-}
-
-void InputHashes::abort() {
-  for (const auto& [reader, file] : files_) {
-    file->added = kAborted;
-    file->added.notify_all();
-  }
+  file.busy = false;
 }
 
 std::string InputHashes::digest(const SafetensorsReader& file) const {
   const File& followed = *files_.at(&file);
   std::size_t size = file.header().size();
   for (const SafetensorEntry& entry : file.entries()) size += entry.end - entry.begin;
-  check(followed.added == size, "InputHashes::digest: {} of {} bytes of {} were added", followed.added.load(), size,
+  check(followed.added == size, "InputHashes::digest: {} of {} bytes of {} were added", followed.added, size,
         file.path().string());
   return followed.hasher.digest();
 }

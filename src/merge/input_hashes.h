@@ -1,7 +1,7 @@
 #pragma once
-#include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -17,18 +17,20 @@ class InputHashes {
   bool follow(const SafetensorsReader& file, const std::vector<SafetensorsWriter::Item>& layout);
   bool empty() const { return files_.empty(); }
 
-  /// Call for every piece of every tensor; those of other files do nothing. Waits until all bytes before were added, so
-  /// threads must take pieces in order. Thread-safe.
+  /// Call for every piece of every tensor; those of other files do nothing. A piece that comes before its turn is left
+  /// to the thread that has it, so that none waits; threads that take pieces in order find them in a cache.
+  /// Thread-safe.
   void add(const ModelTensors::Source& source, std::uint64_t first, std::uint64_t count);
-  /// After a failure: nobody waits any more, and there will be no hashes.
-  void abort();
   /// The hash of a file that was followed, after all its pieces.
   std::string digest(const SafetensorsReader& file) const;
 
  private:
   struct File {
     Hasher hasher{};
-    std::atomic<std::size_t> added = 0;  // bytes
+    std::mutex mutex{};                            // guards the rest
+    std::size_t added = 0;                         // bytes, or under way
+    bool busy = false;                             // a thread is hashing, and goes on with what waits
+    std::map<std::size_t, std::size_t> waiting{};  // size of each piece whose turn has not come, by its place
   };
   std::map<const SafetensorsReader*, std::unique_ptr<File>> files_;
 };

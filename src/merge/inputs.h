@@ -70,7 +70,8 @@ std::vector<std::filesystem::path> select_checkpoints(const std::vector<std::fil
 enum class Hashes { none, recorded, all };
 
 /// Opens checkpoints and verifies them: distinct, whole (sizes by manifest, and hashes as asked for), and equal in
-/// tensor names, shapes, dtypes and configuration. A data Error names the tensor or key, and the file.
+/// tensor names, shapes and configuration. Dtypes may differ (f32, f64, bf16, f16). A data Error names the tensor or
+/// key, and the file.
 std::vector<MergeInput> open_inputs(const std::vector<std::filesystem::path>& directories, Hashes hashes);
 
 }  // namespace kiln

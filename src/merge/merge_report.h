@@ -21,6 +21,11 @@ struct MergedCheckpoint {
 
 struct MergeReport {
   std::vector<MergedCheckpoint> checkpoints;
+  std::filesystem::path output{};
+  std::vector<std::string> files{};  // of the output
+  bool dry_run = false;              // inputs were verified, and nothing was written
+  std::size_t input_files = 0;       // of models
+  std::size_t verified_files = 0;    // of them: those whose hash was recorded, and compared
   std::uint64_t tensors = 0, elements = 0;
   std::uint64_t bytes_read = 0, bytes_written = 0;  // of tensors
   double seconds = 0.0;                             // in all
@@ -33,7 +38,8 @@ Json to_json(const MergedCheckpoint& row);
 Json to_json(const MergeReport& report);
 
 /// The table that `kiln merge` prints: checkpoint, step, weight, implied decay; a note where the weights do not sum to
-/// 1, which scales the model; then totals. Ends with a newline.
+/// 1, which scales the model; then totals, of a dry run with what was verified and what would be written. Ends with a
+/// newline.
 std::string merge_table(const MergeReport& report);
 
 }  // namespace kiln

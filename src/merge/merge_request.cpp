@@ -52,7 +52,7 @@ struct KeyRow {
   Setter set;
 };
 
-const std::array<KeyRow, 15> kKeys{{
+const std::array<KeyRow, 17> kKeys{{
     {{"checkpoints", MergeKeyKind::positional, "checkpoint directories, or a run's directory of snapshots"},
      [](MergeRequest& r, const Words& w) { r.checkpoints = w; }},
     {{"method", MergeKeyKind::value, "sma, wma, ema, ema-closed, schedule, qam or custom (default sma)"},
@@ -75,14 +75,23 @@ const std::array<KeyRow, 15> kKeys{{
      [](MergeRequest& r, const Words& w) { r.last = to_count(w); }},
     {{"every", MergeKeyKind::value, "every K-th checkpoint, counted back from the newest"},
      [](MergeRequest& r, const Words& w) { r.every = to_count(w); }},
-    {{"dtype", MergeKeyKind::value, "of the merged weights: fp32, bf16, fp16 or same (default fp32)"},
+    {{"dtype", MergeKeyKind::value,
+      "of the merged weights: fp32, bf16, fp16, or same as in the newest checkpoint (default fp32)"},
      [](MergeRequest& r, const Words& w) { r.options.dtype = parse_merge_dtype(one(w)); }},
     {{"optimizer_state", MergeKeyKind::value, "reset, keep-last or average (default reset)"},
      [](MergeRequest& r, const Words& w) { r.options.optimizer_state = parse_optimizer_state_merge(one(w)); }},
+    {{"max_shard_size", MergeKeyKind::value,
+      "most bytes of a model file, such as 2GiB: shards and an index instead of model.safetensors"},
+     [](MergeRequest& r, const Words& w) {
+       r.options.max_shard_bytes = parse_bytes(one(w), "the largest shard");
+       check(r.options.max_shard_bytes > 0, "found '{}', expected 1 byte or more", one(w));
+     }},
     {{"verify", MergeKeyKind::no_flag, "check the manifests' hashes"},
      [](MergeRequest& r, const Words& w) { r.options.verify = to_bool(w); }},
     {{"keep_order", MergeKeyKind::flag, "take the order given as oldest first, whatever the steps say"},
      [](MergeRequest& r, const Words& w) { r.options.keep_order = to_bool(w); }},
+    {{"dry_run", MergeKeyKind::flag, "verify the inputs, print weights and what would be written, and write nothing"},
+     [](MergeRequest& r, const Words& w) { r.options.dry_run = to_bool(w); }},
 }};
 
 Words words_of(const YAML::Node& node, std::string_view where) {

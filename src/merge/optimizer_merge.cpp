@@ -105,7 +105,8 @@ void write_average(const fs::path& path, const OptimizerFiles::File& file, std::
     for (const auto& input : file.inputs) sources[entry.name].push_back({input.get(), input->find(entry.name)});
   }
   SafetensorsWriter writer(path, items);
-  write_averages(writer, sources, weights, piece_elements, nullptr);
+  FileSink sink(writer);
+  write_averages(sink, sources, weights, piece_elements, nullptr);
   writer.finish();
 }
 

@@ -11,7 +11,6 @@
 namespace kiln {
 namespace {
 
-constexpr double kNormal95 = 1.96;
 // The 97.5 % quantile of Student's t by the number of errors whose mean square is known; few errors say little.
 constexpr std::array<double, 10> kStudent95{12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23};
 constexpr int kDraws = 1000;  // of the bootstrap
@@ -82,7 +81,13 @@ std::vector<double> matched_decay(const PredictionRequest& request, const std::v
   return decay;
 }
 
-/// A predictor, with the losses by sequence where it is a model that was evaluated.
+/// Of a paired difference: nothing for one sequence.
+std::optional<double> standard_error(const SequenceLosses& a, const SequenceLosses& b) {
+  const double error = paired_difference(a, b).standard_error;
+  return std::isfinite(error) ? std::optional(error) : std::nullopt;
+}
+
+/// A predictor, with the losses by sequence of the model that it is, or that it takes something off.
 struct Candidate {
   Predictor predictor;
   std::optional<SequenceLosses> losses;
@@ -92,10 +97,18 @@ Candidate evaluated(const std::string& name, const std::string& note, SequenceLo
                     const SequenceLosses& last) {
   return {.predictor = {.name = name,
                         .loss = mean_loss(losses),
-                        .standard_error = paired_difference(losses, last).standard_error,
+                        .standard_error = standard_error(losses, last),
                         .note = note,
                         .error = {}},
           .losses = std::move(losses)};
+}
+
+/// Which of the two averages called EMA it is.
+std::string definition(const WeightOptions& options) {
+  if (options.method == MergeMethod::ema) return fmt::format(", recursion with alpha {}", options.alpha);
+  if (options.method == MergeMethod::ema_closed)
+    return fmt::format(", closed form with alpha {}, weights divided by their sum", options.alpha);
+  return "";
 }
 
 std::vector<Candidate> window_merges(const PredictionRequest& request, Merges& merges, const SequenceLosses& last) {
@@ -108,11 +121,13 @@ std::vector<Candidate> window_merges(const PredictionRequest& request, Merges& m
   const std::vector<WeightOptions> all{{.method = MergeMethod::sma},
                                        {.method = MergeMethod::wma},
                                        {.method = MergeMethod::ema, .alpha = request.ema_alpha},
+                                       {.method = MergeMethod::ema_closed, .alpha = request.ema_alpha},
                                        {.method = MergeMethod::schedule, .decay = decay},
                                        {.method = MergeMethod::qam, .decay = decay}};
   std::vector<Candidate> candidates;
   for (const WeightOptions& options : all)
-    candidates.push_back(evaluated(std::string(to_string(options.method)), fmt::format("{} snapshots", chosen.size()),
+    candidates.push_back(evaluated(std::string(to_string(options.method)),
+                                   fmt::format("{} snapshots{}", chosen.size(), definition(options)),
                                    merges.losses(chosen, merge_weights(options, chosen.size())), last));
   return candidates;
 }
@@ -189,12 +204,11 @@ Candidate law_candidate(const PredictionRequest& request, LossLaw law, const Seq
   return candidate;
 }
 
-/// Earlier checks of the same kind of anneal.
+/// Earlier checks of anneals of this kind.
 std::vector<AnnealCheck> comparable(const PredictionRequest& request) {
   std::vector<AnnealCheck> checks;
   for (const AnnealCheck& check : request.checks)
-    if (check.anneal.shape == request.anneal.shape && check.anneal.final_ratio == request.anneal.final_ratio)
-      checks.push_back(check);
+    if (same_kind(check.anneal, request.anneal)) checks.push_back(check);
   return checks;
 }
 
@@ -218,11 +232,14 @@ double root_mean_square(const std::vector<double>& x) {
   return std::sqrt(sum / static_cast<double>(x.size()));
 }
 
-/// What earlier anneals add: the last loss less their mean gap, and the matched merge less its mean error.
-std::vector<Candidate> calibrated(const std::vector<AnnealCheck>& checks, const Candidate& last,
+/// What earlier anneals of this kind add: the last loss less their mean gap, and the matched merge less its mean error.
+/// `others` are of other kinds, whose gaps say nothing about this one's.
+std::vector<Candidate> calibrated(const std::vector<AnnealCheck>& checks, std::size_t others, const Candidate& last,
                                   const Candidate& schedule) {
-  Candidate gap{.predictor = {.name = "calibrated gap", .note = "no earlier anneal was checked", .error = {}},
-                .losses = {}};
+  Candidate gap{.predictor = {.name = "calibrated gap", .note = "no earlier anneal was checked"}, .losses = {}};
+  if (others > 0)
+    gap.predictor.note =
+        fmt::format("no earlier anneal of this shape, final ratio and share was checked; {} of others", others);
   Candidate corrected = gap;
   corrected.predictor.name = "schedule, corrected";
   if (checks.empty()) return {gap, corrected};
@@ -231,6 +248,7 @@ std::vector<Candidate> calibrated(const std::vector<AnnealCheck>& checks, const 
   gap = last;
   gap.predictor.name = "calibrated gap";
   gap.predictor.loss = *last.predictor.loss - mean_of(gaps);
+  gap.predictor.standard_error.reset();  // the gap was measured on other models
   gap.predictor.note = fmt::format("mean gap {:.4f} of {} earlier anneals", mean_of(gaps), checks.size());
   if (const std::vector<double> errors = errors_of(checks, "schedule"); !errors.empty()) {
     corrected = schedule;
@@ -254,8 +272,8 @@ void choose(Prediction& prediction, const std::vector<Candidate>& candidates, co
     chosen = &candidate;
     model_error = wrong_by;
     prediction.reason = fmt::format(
-        "of all predictors it erred least over {} earlier anneal{}: {:+.4f} on average, "
-        "{:.4f} root mean square",
+        "of all predictors it erred least over {} earlier anneal{} of this kind: {:+.4f} on average, {:.4f} root mean "
+        "square",
         checks.size(), checks.size() == 1 ? "" : "s", mean_of(errors), root_mean_square(errors));
   }
   if (chosen == nullptr) {
@@ -269,8 +287,7 @@ void choose(Prediction& prediction, const std::vector<Candidate>& candidates, co
     model_error = std::max((high - low) / 2, kGuessedError * std::abs(prediction.last_loss - *chosen->predictor.loss));
     prediction.reason =
         "no earlier anneal of this kind was checked, so the merge that replays the anneal's schedule stands; whether "
-        "it "
-        "lies above or below differs between runs, and --anneal-check measures it";
+        "it lies above or below differs between runs, and --anneal-check measures it";
   }
   prediction.trusted = chosen->predictor.name;
   prediction.loss = *chosen->predictor.loss;
@@ -279,11 +296,8 @@ void choose(Prediction& prediction, const std::vector<Candidate>& candidates, co
     prediction.reason +=
         "; the held-out set is one sequence, so the error over sequences is unknown and the interval leaves it out: "
         "hold out more tokens";
-  Interval sampling{.low = -kNormal95 * chosen->predictor.standard_error,
-                    .high = kNormal95 * chosen->predictor.standard_error};
-  if (one_sequence)
-    sampling = {};
-  else if (chosen->losses) {
+  Interval sampling;
+  if (!one_sequence) {
     const Interval drawn = bootstrap_difference(*chosen->losses, last, kDraws, 1);
     const double mean = paired_difference(*chosen->losses, last).mean;
     sampling = {.low = drawn.low - mean, .high = drawn.high - mean};
@@ -299,8 +313,7 @@ void check_against(const SequenceLosses& annealed, std::vector<Candidate>& candi
     Predictor& predictor = candidate.predictor;
     if (!predictor.loss) continue;
     predictor.error = *predictor.loss - *prediction.annealed_loss;
-    if (candidate.losses)
-      predictor.error_standard_error = paired_difference(*candidate.losses, annealed).standard_error;
+    if (candidate.losses) predictor.error_standard_error = standard_error(*candidate.losses, annealed);
   }
 }
 
@@ -325,7 +338,7 @@ Prediction predict(const PredictionRequest& request) {
                                            [](const Candidate& c) { return c.predictor.name == "schedule"; });
   candidates.push_back(sweep(request, merges, last, prediction.sweep));
   for (const LossLaw law : {LossLaw::mtl, LossLaw::mpl}) candidates.push_back(law_candidate(request, law, last));
-  for (Candidate& candidate : calibrated(checks, candidates.front(), schedule))
+  for (Candidate& candidate : calibrated(checks, request.checks.size() - checks.size(), candidates.front(), schedule))
     candidates.push_back(std::move(candidate));
   prediction.trail = trail(request, merges);
   choose(prediction, candidates, checks, last);

@@ -37,11 +37,13 @@ struct PredictionRequest {
 /// One way to tell the annealed loss.
 struct Predictor {
   std::string name{};
-  std::optional<double> loss{};   // nothing where it cannot tell
-  double standard_error = 0;      // of loss - last, over sequences
-  std::string note{};             // weights and window, or why it cannot tell
-  std::optional<double> error{};  // loss minus annealed loss, after a check
-  double error_standard_error = 0;
+  std::optional<double> loss{};  // nothing where it cannot tell
+  /// Of loss - last, over sequences. Nothing where that difference is no mean over sequences (loss laws, gaps of
+  /// earlier anneals), or there is one sequence.
+  std::optional<double> standard_error{};
+  std::string note{};                            // weights and window, or why it cannot tell
+  std::optional<double> error{};                 // loss minus annealed loss, after a check
+  std::optional<double> error_standard_error{};  // over sequences
 };
 
 /// The mean of `count` snapshots, `every_steps` apart, up to the last.
@@ -72,15 +74,16 @@ struct Prediction {
   std::string trusted{}, reason{};        // name of a predictor
   double loss = 0;                        // its prediction
   Interval interval{};                    // about 95 %
-  std::size_t checks = 0;                 // earlier anneals behind it
+  std::size_t checks = 0;                 // earlier anneals of its kind, behind it
   std::optional<double> annealed_loss{};  // after a check
 };
 
-/// Predicts the loss after an anneal: the last snapshot's loss, merges over the anneal's window (plain, weighted, EMA,
-/// matched to its schedule, QAM) and over a sweep of (N, V), loss laws, and what earlier anneals of the run corrected.
+/// Predicts the loss after an anneal: the last snapshot's loss, merges over the anneal's window (plain, weighted, both
+/// EMAs, matched to its schedule, QAM) and over a sweep of (N, V), loss laws, and what earlier anneals of its kind
+/// (same_kind) corrected.
 /// Laws say how much the loss will fall; it is taken off the last snapshot's held-out loss.
 ///
-/// Which predictor is trusted: the one with the least root mean square error over earlier checks; without any, the
+/// Which predictor is trusted: the one with the least root mean square error over those checks; without any, the
 /// merge matched to the schedule. The interval joins the standard error over sequences (bootstrap) with what the
 /// predictor may be wrong by: Student's t times its root mean square error over the checks, or else half the spread of
 /// the predictors, at least a quarter of the predicted gap. One held-out sequence has no error over sequences: the

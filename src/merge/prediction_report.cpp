@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <cmath>
 #include <set>
 
 #include "base/text.h"
@@ -38,9 +37,8 @@ std::string heading(const std::string& run, const Prediction& p) {
       p.sequences == 1 ? "" : "s", p.evaluated_in);
 }
 
-/// Of one sequence there is none.
-std::string error_text(double standard_error) {
-  return std::isfinite(standard_error) ? fmt::format("{:.4f}", standard_error) : "-";
+std::string error_text(const std::optional<double>& standard_error) {
+  return standard_error ? fmt::format("{:.4f}", *standard_error) : "-";
 }
 
 std::string predictor_rows(const Prediction& p) {
@@ -109,9 +107,9 @@ Json to_json(const Prediction& p) {
   for (const Predictor& row : p.predictors)
     json["predictors"].push_back({{"name", row.name},
                                   {"loss", or_null(row.loss)},
-                                  {"standard_error", row.standard_error},
+                                  {"standard_error", or_null(row.standard_error)},
                                   {"error", or_null(row.error)},
-                                  {"error_standard_error", row.error_standard_error},
+                                  {"error_standard_error", or_null(row.error_standard_error)},
                                   {"recovered", or_null(recovered(p, row))},
                                   {"note", row.note}});
   for (const SweepCell& cell : p.sweep)

@@ -8,6 +8,7 @@
 #include "base/files.h"
 #include "io/checkpoint.h"
 #include "merge/input_hashes.h"
+#include "merge/model_shards.h"
 #include "merge/write_averages.h"
 
 namespace kiln {
@@ -35,6 +36,8 @@ constexpr std::array<const char*, 9> kCopiedFiles{"tokenizer.model",
                                                   "merges.txt",
                                                   "generation_config.json"};
 
+constexpr const char* kIndexName = "model.safetensors.index.json";
+
 /// In config.json; not of `same`, which leaves it.
 std::string_view transformers_name(MergeDtype dtype) {
   return dtype == MergeDtype::bf16 ? "bfloat16" : dtype == MergeDtype::fp16 ? "float16" : "float32";
@@ -52,6 +55,14 @@ DType output_dtype(MergeDtype wanted, DType input) {
       return input;
   }
   fail(ExitCode::usage, "unknown merge dtype {}", static_cast<int>(wanted));
+}
+
+/// The newest by step, and of equals the last.
+const MergeInput& newest(const std::vector<MergeInput>& inputs) {
+  const MergeInput* best = &inputs.front();
+  for (const MergeInput& input : inputs)
+    if (input.step.value_or(-1) >= best->step.value_or(-1)) best = &input;
+  return *best;
 }
 
 std::vector<SafetensorsWriter::Item> output_items(const ModelTensors& model, MergeDtype dtype) {
@@ -72,30 +83,81 @@ void hash_on_the_way(std::vector<MergeInput>& inputs, const std::vector<Safetens
     }
 }
 
-void write_model(const fs::path& path, std::vector<MergeInput>& inputs, std::span<const double> weights,
-                 const MergeOptions& options, MergeReport& report) {
-  const std::vector<SafetensorsWriter::Item> items = output_items(*inputs.front().model, options.dtype);
+/// The files of the merged model, and what each tensor is averaged from.
+struct ModelPlan {
+  std::vector<ModelShard> shards;
   std::map<std::string, Sources> sources;
-  for (const SafetensorsWriter::Item& item : items) {
-    Sources& tensor = sources[item.name];
-    for (const MergeInput& input : inputs) tensor.push_back(input.model->all().at(item.name));
-    const SafetensorEntry& entry = *tensor.front().entry;
-    const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
-    report.tensors += 1;
-    report.elements += elements;
-    report.bytes_read += (entry.end - entry.begin) * inputs.size();
-    report.bytes_written += elements * size_of(item.dtype);
-  }
+};
+
+/// Counts tensors and bytes for the report.
+ModelPlan plan_model(const std::vector<MergeInput>& inputs, const MergeOptions& options, MergeReport& report) {
+  ModelPlan plan{.shards = model_shards(output_items(*newest(inputs).model, options.dtype), options.max_shard_bytes),
+                 .sources = {}};
+  for (const ModelShard& shard : plan.shards)
+    for (const SafetensorsWriter::Item& item : shard.items) {
+      Sources& tensor = plan.sources[item.name];
+      for (const MergeInput& input : inputs) tensor.push_back(input.model->all().at(item.name));
+      const SafetensorEntry& entry = *tensor.front().entry;
+      const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
+      report.tensors += 1;
+      report.elements += elements;
+      for (const ModelTensors::Source& source : tensor) report.bytes_read += source.entry->end - source.entry->begin;
+      report.bytes_written += elements * size_of(item.dtype);
+    }
+  return plan;
+}
+
+void write_model(CheckpointWriter& checkpoint, std::vector<MergeInput>& inputs, std::span<const double> weights,
+                 const ModelPlan& plan, const MergeOptions& options, MergeReport& report) {
   const Stopwatch watch;
-  SafetensorsWriter writer(path, items);
+  std::vector<std::unique_ptr<SafetensorsWriter>> writers;  // all at first, so that a full disk is found out first
+  std::vector<SafetensorsWriter::Item> layout;
+  for (const ModelShard& shard : plan.shards) {
+    writers.push_back(std::make_unique<SafetensorsWriter>(checkpoint.directory() / shard.file, shard.items));
+    layout.insert(layout.end(), shard.items.begin(), shard.items.end());
+  }
   InputHashes hashes;
-  if (options.verify) hash_on_the_way(inputs, writer.layout(), hashes);
-  write_averages(writer, sources, weights, options.chunk_elements, &hashes);
+  if (options.verify) hash_on_the_way(inputs, layout, hashes);
+  for (const auto& writer : writers) {
+    FileSink sink(*writer);
+    write_averages(sink, plan.sources, weights, options.chunk_elements, &hashes);
+  }
   for (MergeInput& input : inputs)
     for (std::size_t i = 0; i < input.files.size() && options.verify; ++i)
       if (input.files[i].hash.empty()) input.files[i].hash = hashes.digest(*input.model->files()[i]);
   report.average_seconds = watch.seconds();
-  writer.finish();
+  for (const auto& writer : writers) writer->finish();
+  if (writers.size() > 1) checkpoint.write_json(kIndexName, shard_index(plan.shards));
+}
+
+/// Tokenizer and generation files that stand beside the newest checkpoint.
+std::vector<std::string> copied_files(const MergeInput& last) {
+  std::vector<std::string> names;
+  for (const char* name : kCopiedFiles)
+    if (fs::exists(last.directory / name)) names.emplace_back(name);
+  return names;
+}
+
+/// All that the output will hold, in the order of writing.
+std::vector<std::string> output_files(const ModelPlan& plan, const OptimizerFiles& states, const MergeInput& last) {
+  std::vector<std::string> names;
+  for (const ModelShard& shard : plan.shards) names.push_back(shard.file);
+  if (plan.shards.size() > 1) names.emplace_back(kIndexName);
+  for (const OptimizerFiles::File& file : states.files) names.push_back(file.name);
+  names.emplace_back("config.json");
+  for (std::string& name : copied_files(last)) names.push_back(std::move(name));
+  if (!last.state.is_null()) names.emplace_back("state.json");
+  names.insert(names.end(), {"merge.json", "MANIFEST.json"});
+  return names;
+}
+
+/// What the writers would find out first.
+void check_space(const fs::path& output, std::uint64_t bytes) {
+  fs::path home = fs::absolute(output).parent_path();
+  while (!fs::exists(home)) home = home.parent_path();
+  if (const std::uint64_t free = fs::space(home).available; free < bytes)
+    fail(ExitCode::resource, "{}: {} bytes of tensors do not fit on the disk, which has {} free; free some space",
+         output.string(), bytes, free);
 }
 
 Json method_json(const WeightOptions& options) {
@@ -129,14 +191,6 @@ Json provenance(const std::vector<MergeInput>& inputs, const MergeOptions& optio
   return json;
 }
 
-/// The newest by step, and of equals the last.
-const MergeInput& newest(const std::vector<MergeInput>& inputs) {
-  const MergeInput* best = &inputs.front();
-  for (const MergeInput& input : inputs)
-    if (input.step.value_or(-1) >= best->step.value_or(-1)) best = &input;
-  return *best;
-}
-
 void write_side_files(CheckpointWriter& writer, const std::vector<MergeInput>& inputs, const MergeOptions& options,
                       const MergeReport& report) {
   const MergeInput& last = newest(inputs);
@@ -144,8 +198,7 @@ void write_side_files(CheckpointWriter& writer, const std::vector<MergeInput>& i
   if (options.dtype != MergeDtype::same)
     for (const char* key : {"dtype", "torch_dtype"}) config[key] = transformers_name(options.dtype);
   writer.write_json("config.json", config);
-  for (const char* name : kCopiedFiles)
-    if (fs::exists(last.directory / name)) writer.copy_file(last.directory / name, name);
+  for (const std::string& name : copied_files(last)) writer.copy_file(last.directory / name, name);
   if (!last.state.is_null()) {
     Json state = last.state;
     state["merged_from"] = Json::array();
@@ -170,8 +223,13 @@ fs::path checked_output(const MergeOptions& options, const std::vector<fs::path>
   return output;
 }
 
-MergeReport plan_report(const std::vector<MergeInput>& inputs, std::span<const double> weights) {
+MergeReport plan_report(const std::vector<MergeInput>& inputs, std::span<const double> weights, bool verify) {
   MergeReport report;
+  for (const MergeInput& input : inputs)
+    for (const InputFile& file : input.files) {
+      report.input_files += 1;
+      report.verified_files += verify && !file.hash.empty() ? 1 : 0;
+    }
   const std::vector<double> decay = implied_decay(weights);
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     MergedCheckpoint row{inputs[i].directory, inputs[i].step, inputs[i].tokens, weights[i], std::nullopt};
@@ -216,11 +274,20 @@ MergeReport merge_checkpoints(const MergeOptions& options) {
   const fs::path output = checked_output(options, directories);
   std::vector<MergeInput> inputs = open_inputs(directories, options.verify ? Hashes::recorded : Hashes::none);
   const OptimizerFiles states = open_optimizer_files(inputs, newest(inputs), weights, options.optimizer_state);
-  MergeReport report = plan_report(inputs, weights);
+  MergeReport report = plan_report(inputs, weights, options.verify);
+  const ModelPlan plan = plan_model(inputs, options, report);
+  report.output = output;
+  report.files = output_files(plan, states, newest(inputs));
   report.open_seconds = watch.seconds();
+  if (options.dry_run) {
+    check_space(output, report.bytes_written);
+    report.dry_run = true;
+    report.seconds = watch.seconds();
+    return report;
+  }
 
   CheckpointWriter writer(output);
-  write_model(writer.directory() / "model.safetensors", inputs, weights, options, report);
+  write_model(writer, inputs, weights, plan, options, report);
   write_optimizer_files(writer, states, weights, options.chunk_elements);
   write_side_files(writer, inputs, options, report);
   writer.commit();

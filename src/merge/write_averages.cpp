@@ -13,7 +13,6 @@ namespace {
 
 // Elements averaged before they are written: they are still in the second-level cache then.
 constexpr std::size_t kPart = 1 << 16;
-constexpr std::size_t kHashedPart = 1 << 14;  // and so are the inputs, to be hashed
 constexpr std::uint64_t kWriteback = std::uint64_t{2} << 20;
 constexpr std::size_t kMappedBytes = std::size_t{48} << 20;
 
@@ -25,14 +24,14 @@ struct Piece {
 };
 
 /// Pieces, and parts of them, end at multiples of their size in the file: pages that two writes share cost twice.
-std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
+std::vector<Piece> pieces_of(const AverageSink& sink, const std::map<std::string, Sources>& sources,
                              std::size_t piece_elements) {
   std::vector<Piece> pieces;
-  for (std::size_t i = 0; i < writer.layout().size(); ++i) {
-    const Sources& tensor = sources.at(writer.layout()[i].name);
+  for (std::size_t i = 0; i < sink.layout().size(); ++i) {
+    const Sources& tensor = sources.at(sink.layout()[i].name);
     const SafetensorEntry& entry = *tensor.front().entry;
     const std::uint64_t elements = (entry.end - entry.begin) / size_of(entry.dtype);
-    const std::uint64_t begin = writer.offset(i) / size_of(writer.layout()[i].dtype);
+    const std::uint64_t begin = sink.offset(i) / size_of(sink.layout()[i].dtype);
     for (std::uint64_t first = 0, count = 0; first < elements; first += count) {
       count = std::min<std::uint64_t>(piece_elements - (begin + first) % piece_elements, elements - first);
       pieces.push_back({i, &tensor, first, count, begin + first});
@@ -44,8 +43,11 @@ std::vector<Piece> pieces_of(const SafetensorsWriter& writer, const std::map<std
 /// As many elements that all threads together hold kMappedBytes of inputs at most, unless they are very many.
 std::size_t bounded(std::size_t piece_elements, const std::map<std::string, Sources>& sources) {
   std::size_t bytes = 1;  // of one element in all inputs
-  for (const auto& [name, tensor] : sources)
-    bytes = std::max(bytes, tensor.size() * size_of(tensor.front().entry->dtype));
+  for (const auto& [name, tensor] : sources) {
+    std::size_t here = 0;
+    for (const ModelTensors::Source& source : tensor) here += size_of(source.entry->dtype);
+    bytes = std::max(bytes, here);
+  }
   const std::size_t fitting = kMappedBytes / bytes / static_cast<std::size_t>(thread_count());
   return std::min(piece_elements, std::max(fitting, kPart));
 }
@@ -53,9 +55,9 @@ std::size_t bounded(std::size_t piece_elements, const std::map<std::string, Sour
 /// The pieces and what the threads that take them share.
 class PieceQueue {
  public:
-  PieceQueue(SafetensorsWriter& writer, std::vector<Piece> pieces, std::span<const double> weights,
-             std::size_t piece_elements, InputHashes* hashes)
-      : writer_(writer),
+  PieceQueue(AverageSink& sink, std::vector<Piece> pieces, std::span<const double> weights, std::size_t piece_elements,
+             InputHashes* hashes)
+      : sink_(sink),
         hashes_(hashes),
         pieces_(std::move(pieces)),
         weights_(weights),
@@ -75,7 +77,7 @@ class PieceQueue {
     } catch (...) {  // must not leave the thread; finish() throws it
       const std::lock_guard lock(mutex_);
       if (!error_) error_ = std::current_exception();
-      give_up();
+      failed_ = true;
     }
   }
 
@@ -83,12 +85,12 @@ class PieceQueue {
     if (error_) std::rethrow_exception(error_);
     if (first_fault_ == pieces_.size()) return;
     const Piece& piece = pieces_[first_fault_];
-    fail_not_finite(*piece.sources, piece.first, piece.count, writer_.layout()[piece.item].dtype);
+    fail_not_finite(*piece.sources, piece.first, piece.count, sink_.layout()[piece.item].dtype);
   }
 
  private:
   bool write_piece(const Piece& piece, const Buffer& buffer) {
-    const DType dtype = writer_.layout()[piece.item].dtype;
+    const DType dtype = sink_.layout()[piece.item].dtype;
     for (std::uint64_t at = 0, count = 0; at < piece.count; at += count) {
       const std::uint64_t first = piece.first + at;
       count = std::min<std::uint64_t>(part_elements_ - (piece.position + at) % part_elements_, piece.count - at);
@@ -96,11 +98,11 @@ class PieceQueue {
       if (!average(*piece.sources, weights_, first, dtype, out)) return false;
       if (hashes_ != nullptr)
         for (const ModelTensors::Source& source : *piece.sources) hashes_->add(source, first, count);
-      writer_.write_at(piece.item, first * size_of(dtype), out);
+      sink_.put(piece.item, first * size_of(dtype), out);
     }
     const std::uint64_t begin = piece.position * size_of(dtype), end = begin + piece.count * size_of(dtype);
     if (begin / kWriteback < end / kWriteback)
-      writer_.start_writeback(begin / kWriteback * kWriteback, end / kWriteback * kWriteback);
+      sink_.done(begin / kWriteback * kWriteback, end / kWriteback * kWriteback);
     memory_.done(*piece.sources, piece.first, piece.count);
     return true;
   }
@@ -110,15 +112,10 @@ class PieceQueue {
   void note_fault(std::size_t at) {
     const std::lock_guard lock(mutex_);
     first_fault_ = std::min(first_fault_, at);
-    give_up();
-  }
-
-  void give_up() {
     failed_ = true;
-    if (hashes_ != nullptr) hashes_->abort();
   }
 
-  SafetensorsWriter& writer_;
+  AverageSink& sink_;
   InputHashes* hashes_;
   std::vector<Piece> pieces_;
   std::span<const double> weights_;
@@ -133,13 +130,13 @@ class PieceQueue {
 
 }  // namespace
 
-void write_averages(SafetensorsWriter& writer, const std::map<std::string, Sources>& sources,
-                    std::span<const double> weights, std::size_t piece_elements, InputHashes* hashes) {
+void write_averages(AverageSink& sink, const std::map<std::string, Sources>& sources, std::span<const double> weights,
+                    std::size_t piece_elements, InputHashes* hashes) {
   piece_elements = bounded(piece_elements, sources);
   if (hashes != nullptr && hashes->empty()) hashes = nullptr;
-  // Threads that hash follow each other closely, since a piece waits for the one before.
-  if (hashes != nullptr) piece_elements = std::min(piece_elements, kHashedPart);
-  PieceQueue queue(writer, pieces_of(writer, sources, piece_elements), weights, piece_elements, hashes);
+  // Threads that hash follow each other closely, so that a piece whose turn comes later is still in a shared cache.
+  if (hashes != nullptr) piece_elements = std::min(piece_elements, kPart);
+  PieceQueue queue(sink, pieces_of(sink, sources, piece_elements), weights, piece_elements, hashes);
   parallel_for(thread_count(), 1, [&](std::int64_t, std::int64_t) { queue.work(); });
   queue.finish();
 }

@@ -224,6 +224,31 @@ void add_averages(std::vector<Series>& all, const std::vector<RunData>& runs, co
   }
 }
 
+/// Where runs went on after a divergence; a series of points for each such run, on its training loss.
+void add_rescues(std::vector<Series>& all, const std::vector<RunData>& runs, const Clock& clock) {
+  for (std::size_t r = 0; r < runs.size(); ++r) {
+    Series series{.name = runs[r].name + ", rescue", .mark = Mark::points, .colour = runs.size() + r};
+    for (std::size_t i = 0; i < runs[r].metrics.size(); ++i) {
+      if (!runs[r].metrics[i].rescue) continue;
+      series.x.push_back(clock.x[r][i]);
+      series.y.push_back(runs[r].metrics[i].loss);
+    }
+    if (!series.x.empty()) all.push_back(std::move(series));
+  }
+}
+
+/// What happened at each of those points; nothing where no run was rescued.
+std::string rescue_list(const std::vector<RunData>& runs) {
+  std::string items;
+  for (const RunData& run : runs)
+    for (const StepMetrics& m : run.metrics)
+      if (m.rescue) items += fmt::format("<li>{}: {}</li>\n", escape_xml(run.name), escape_xml(to_string(*m.rescue)));
+  if (items.empty()) return "";
+  return "<h2>Rescues</h2>\n<p>Runs that diverged and went on from the mean of their last checkpoints. The steps that "
+         "were dropped are not in the curves.</p>\n<ul>\n" +
+         items + "</ul>\n";
+}
+
 std::string figure(const std::string& svg) { return "<figure>" + svg + "</figure>\n"; }
 
 /// Optimizer bytes of the runs that tell them; nothing when fewer than two do.
@@ -242,8 +267,9 @@ std::string figures(const std::vector<RunData>& runs, const Clock& clock) {
   };
   std::string out;
   std::vector<Series> loss = series_of(runs, clock, true, [](const StepMetrics& m) { return m.loss; });
-  out += figure(
-      svg_plot(options("Training loss", {.label = "Loss (nats per token)", .max = limit_without_start(loss)}), loss));
+  const std::optional<double> loss_limit = limit_without_start(loss);
+  add_rescues(loss, runs, clock);
+  out += figure(svg_plot(options("Training loss", {.label = "Loss (nats per token)", .max = loss_limit}), loss));
   std::vector<Series> valid = series_of(runs, clock, false, [](const StepMetrics& m) { return m.valid_loss; });
   const std::optional<double> limit = limit_without_start(valid);
   add_merged(valid, runs, clock);
@@ -287,7 +313,7 @@ std::string html_report(const std::string& title, std::vector<RunData> runs) {
       "time</label>\n";
   out += "<div class=\"figures tokens\">\n" + figures(runs, token_clock(runs)) + "</div>\n";
   out += "<div class=\"figures time\">\n" + figures(runs, time_clock(runs)) + "</div>\n</div>\n";
-  out += prediction_section(runs);
+  out += rescue_list(runs) + prediction_section(runs);
   out += "<h2>Configurations</h2>\n";
   for (const RunData& run : runs)
     out += fmt::format("<details><summary>{}</summary><pre>{}</pre></details>\n", escape_xml(run.name),

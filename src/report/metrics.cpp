@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::size_t kMaxLineBytes = 4096;  // ten numbers of at most 24 characters and 16 averages, and their keys
 constexpr std::size_t kMaxShownBytes = 60;
+constexpr std::size_t kMaxReasonBytes = 400;  // of a rescue, whose reason may hold a long path
 
 /// Reads one field of a line's object; `fault` gets a description when the key is missing or of the wrong type.
 struct FieldReader {
@@ -51,6 +52,16 @@ struct FieldReader {
     for (const auto& [name, value] : found->items()) {
       if (!value.is_number() && !value.is_null()) return wrong(key, *found, "an object of losses");
       out.push_back({name, value.is_null() ? std::numeric_limits<double>::quiet_NaN() : value.template get<double>()});
+    }
+  }
+  void operator()(const char* key, std::optional<RescueEvent>& out) {
+    const auto found = object.find(key);
+    if (found == object.end()) return;
+    try {
+      out = rescue_event(*found);
+    } catch (const nlohmann::json::exception&) {
+      wrong(key, *found,
+            "an object with number, step, resumed_step, oldest_step, checkpoints, optimizer_states, reason");
     }
   }
   template <typename Integer>
@@ -97,6 +108,12 @@ void for_each_line(const std::filesystem::path& path, std::string_view text, Use
   }
 }
 
+/// As one line, of a length that fits.
+std::string rescue_text(RescueEvent event) {
+  if (event.reason.size() > kMaxReasonBytes) event.reason.resize(kMaxReasonBytes);
+  return to_json(event).dump(-1, ' ', true, Json::error_handler_t::ignore);  // a character that was cut is left out
+}
+
 /// Leaves in the file what a run that stopped right after `resume_step` would have left.
 std::filesystem::path prepare(const std::filesystem::path& run_dir, std::int64_t resume_step) {
   std::error_code error;
@@ -116,6 +133,35 @@ std::filesystem::path prepare(const std::filesystem::path& run_dir, std::int64_t
 }
 
 }  // namespace
+
+Json to_json(const RescueEvent& event) {
+  return {{"number", event.number},
+          {"step", event.step},
+          {"resumed_step", event.resumed_step},
+          {"oldest_step", event.oldest_step},
+          {"checkpoints", event.checkpoints},
+          {"optimizer_states", event.optimizer_states},
+          {"reason", event.reason}};
+}
+
+RescueEvent rescue_event(const Json& json) {
+  return {.number = json.at("number"),
+          .step = json.at("step"),
+          .resumed_step = json.at("resumed_step"),
+          .oldest_step = json.at("oldest_step"),
+          .checkpoints = json.at("checkpoints"),
+          .optimizer_states = json.at("optimizer_states"),
+          .reason = json.at("reason")};
+}
+
+std::string to_string(const RescueEvent& event) {
+  return fmt::format(
+      "rescue {}, step {}: mean of {} checkpoint{}, steps {} to {}, optimizer states {}; went on after "
+      "step {} ({})",
+      event.number, event.step, event.checkpoints, event.checkpoints == 1 ? "" : "s", event.oldest_step,
+      event.resumed_step, event.optimizer_states == "average" ? "averaged" : "of the newest", event.resumed_step,
+      event.reason);
+}
 
 MetricsWriter::MetricsWriter(const std::filesystem::path& run_dir, std::int64_t resume_step)
     : file_(prepare(run_dir, resume_step), AppendFile::Open::append) {}
@@ -143,6 +189,9 @@ void MetricsWriter::write(const StepMetrics& metrics) {
         add_number(value[i].window, value[i].loss);
       }
       if (!value.empty()) line.add_text("}");
+      return;
+    } else if constexpr (std::is_same_v<Value, std::optional<RescueEvent>>) {
+      if (value) line.add(", \"{}\": {}", key, rescue_text(*value));
       return;
     } else {
       if (!value) return;

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/json.h"
 #include "report/append_file.h"
 
 namespace kiln {
@@ -14,6 +15,27 @@ struct AverageLoss {
   std::string window;
   double loss = 0;
 };
+
+/// A run that diverged and went on from the mean of its last checkpoints (`run.on_divergence: merge`). It stands in the
+/// metrics of the first step behind it.
+struct RescueEvent {
+  std::int64_t number = 0;         ///< of the run's rescues, from 1
+  std::int64_t step = 0;           ///< that diverged; its line and those before, back to the mean, are gone
+  std::int64_t resumed_step = 0;   ///< that the mean stands for: the newest checkpoint's
+  std::int64_t oldest_step = 0;    ///< of the checkpoints
+  std::int64_t checkpoints = 0;    ///< that were averaged
+  std::string optimizer_states{};  ///< "average", or "keep-last": those of the newest
+  std::string reason{};
+  bool operator==(const RescueEvent&) const = default;
+};
+
+/// As `rescue` of metrics.jsonl and `rescued_from` of a rescue's state.json hold it.
+Json to_json(const RescueEvent& event);
+/// A nlohmann::json::exception where a key is missing or of the wrong type.
+RescueEvent rescue_event(const Json& json);
+/// "rescue 1, step 57: mean of 3 checkpoints, steps 45 to 55, optimizer states averaged; went on after step 55
+/// (REASON)"
+std::string to_string(const RescueEvent& event);
 
 /// What one training step reports. NaN stands for a value that is not finite or not known.
 struct StepMetrics {
@@ -29,6 +51,7 @@ struct StepMetrics {
   std::optional<double> valid_loss{};
   std::vector<AverageLoss> average_loss{};  ///< of the windows that the step completed
   std::optional<double> average_ms{};       ///< that averaging held the step up; where weights were taken
+  std::optional<RescueEvent> rescue{};      ///< that the run went on from to this step
 };
 
 /// The one list of keys, in the order of metrics.jsonl: writing, reading and TensorBoard visit it.
@@ -46,6 +69,7 @@ void visit_fields(Metrics& metrics, Visit visit) {
   visit("valid_loss", metrics.valid_loss);
   visit("average_loss", metrics.average_loss);
   visit("average_ms", metrics.average_ms);
+  visit("rescue", metrics.rescue);
 }
 
 /// Appends one JSON object a line to RUN_DIR/metrics.jsonl; values that are not finite are written as null.
@@ -56,7 +80,7 @@ class MetricsWriter {
   /// A data Error for a line that cannot be read, with file:line.
   MetricsWriter(const std::filesystem::path& run_dir, std::int64_t resume_step);
 
-  /// One write() call, no allocation. A resource Error when the disk is full.
+  /// One write() call, no allocation (but for a rescue). A resource Error when the disk is full.
   void write(const StepMetrics& metrics);
 
  private:

@@ -71,6 +71,8 @@ void TensorBoardWriter::step(const StepMetrics& metrics) {
         tag.add("valid/average_{}", average.window);
         scalar(tag.view(), average.loss, metrics.step);
       }
+    } else if constexpr (std::is_same_v<std::decay_t<decltype(value)>, std::optional<RescueEvent>>) {
+      if (value) scalar("train/rescue", static_cast<double>(value->number), metrics.step);
     } else if (value) {
       scalar(key == "valid_loss" ? "valid/loss" : "train/average_ms", *value, metrics.step);
     }

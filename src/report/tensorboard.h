@@ -18,7 +18,8 @@ class TensorBoardWriter {
 
   /// One write() call, no allocation. A resource Error when the disk is full.
   void scalar(std::string_view tag, double value, std::int64_t step);
-  /// Each field of a step, under "train/" ("valid/loss" for the validation loss).
+  /// Each field of a step, under "train/" ("valid/loss" for the validation loss). "train/rescue" is the
+  /// rescue's number, at the first step behind it.
   void step(const StepMetrics& metrics);
 
  private:

@@ -101,6 +101,18 @@ RunPosition load_checkpoint(const std::filesystem::path& directory, const RunSta
   return at;
 }
 
+std::optional<RescueEvent> rescue_of(const std::filesystem::path& checkpoint) {
+  const std::filesystem::path path = checkpoint / "state.json";
+  const Json json = read_json(path);
+  const auto found = json.find("rescued_from");
+  if (found == json.end()) return std::nullopt;
+  try {
+    return rescue_event(*found);
+  } catch (const nlohmann::json::exception& e) {
+    fail(ExitCode::data, "{}: no valid rescued_from ({}); resume from another checkpoint", path.string(), e.what());
+  }
+}
+
 bool load_states(const std::filesystem::path& directory, const OptimizerStates& states) {
   if (!std::filesystem::exists(directory / kOptimizerFile)) return false;
   read_states(directory / kOptimizerFile, states);

@@ -1,9 +1,11 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 
 #include "base/json.h"
 #include "model/llama.h"
+#include "report/metrics.h"
 #include "train/run_position.h"
 #include "train/train_plan.h"
 
@@ -30,6 +32,10 @@ void save_snapshot(const std::filesystem::path& directory, const RunState& state
 /// Fills weights, states and averages from a checkpoint and says where it stands. A data Error names the file and
 /// tensor when the checkpoint is torn, or belongs to another model, optimizer or configuration of states.
 RunPosition load_checkpoint(const std::filesystem::path& directory, const RunState& state);
+
+/// What a checkpoint that a rescue made says of it (`rescued_from` of its state.json); nothing for any other. A data
+/// Error for a damaged one.
+std::optional<RescueEvent> rescue_of(const std::filesystem::path& checkpoint);
 
 /// Fills states from a directory that holds some, as a merge with `optimizer_state: keep-last` does, for a run that
 /// starts from its weights; false when it holds none. Bias correction counts from the new run's first step and not from

@@ -156,6 +156,7 @@ bool Trainer::resume_latest() {
 
 void Trainer::resume(const std::filesystem::path& checkpoint) {
   at_ = load_checkpoint(checkpoint, {weights_, states_, {}, {}, averages_.get()});
+  rescue_ = rescue_of(checkpoint);
   device_weights_.push();
   device_states_.push();
   if (communicator_.rank() == 0) log_info("resumed {} at step {}", checkpoint.string(), at_.step);
@@ -372,6 +373,7 @@ bool Trainer::after_step(StepMetrics& metrics) {
   }
   // Of two steps under way, the newer one may have completed it.
   if (averages_ && step == at_.step) evaluate_averages(metrics);
+  metrics.rescue = std::exchange(rescue_, std::nullopt);
   if (outputs_) outputs_->write(metrics);
   if (due(config_.snapshots.every, step) && snapshot_due_phase(config_, step)) snapshot();
   const bool saves = due(config_.checkpoint.every, step);

@@ -133,7 +133,8 @@ class Trainer {
   double peak_flops_per_s_ = 0;
   double train_loss_ = 0;
   std::optional<double> valid_loss_;
-  std::optional<LossSpike> spike_;  // asked on the first rank alone
+  std::optional<LossSpike> spike_;     // asked on the first rank alone
+  std::optional<RescueEvent> rescue_;  // that the run goes on from; until its next step's metrics are written
 };
 
 /// The model that a configuration describes: its preset with what it overrides.

@@ -69,6 +69,25 @@ TEST_CASE("a run goes on from the merge of its last checkpoints after a spike, b
   const std::vector<StepMetrics> metrics = read_metrics(at.dir / "run/metrics.jsonl");
   REQUIRE(metrics.size() == 120);
   for (std::size_t i = 0; i < metrics.size(); ++i) CHECK(metrics[i].step == static_cast<std::int64_t>(i + 1));
+  // Each rescue stands in the line of the step behind it, unless a later one dropped that.
+  std::vector<std::int64_t> numbers;
+  for (const StepMetrics& m : metrics)
+    if (m.rescue) {
+      CHECK(m.step == m.rescue->resumed_step + 1);
+      const fs::path rescued = at.dir / "run" / fmt::format("rescue_{:08}", m.rescue->step);
+      CHECK(to_json(*m.rescue) == read_json(rescued / "state.json").at("rescued_from"));
+      numbers.push_back(m.rescue->number);
+    }
+  REQUIRE_FALSE(numbers.empty());
+  CHECK(std::is_sorted(numbers.begin(), numbers.end()));
+  CHECK(numbers.back() == read_json(at.dir / "run/step_00000120/state.json").at("rescues"));
+  CHECK(state.at("rescued_from").at("checkpoints") == 3);
+  CHECK(state.at("rescued_from").at("resumed_step") == step);
+  CHECK(state.at("rescued_from").at("oldest_step") == step - 10);
+  REQUIRE(at("KILN report DIR/run --out DIR/report.html").code == 0);
+  CHECK_THAT(read_text(at.dir / "report.html"), ContainsSubstring("run, rescue") &&
+                                                    ContainsSubstring("times the median") &&
+                                                    !ContainsSubstring("and resume"));
 
   // Stopped and resumed, also just before a spike, the run is the same: losses before it are judged by as well.
   for (const std::int64_t stop : {step, step + 10})

@@ -29,6 +29,13 @@ TEST_CASE("train, merge, evaluate, generate, export and report work on one anoth
   REQUIRE(merged.code == 0);
   CHECK(Json::parse(merged.text).at("loss").get<double>() < std::log(64.0));
   CHECK(at("KILN train DIR/c.yaml run.dir=DIR/more --init-from DIR/merged --quiet").code == 0);
+  // In shards it is the same model.
+  REQUIRE(at("KILN merge DIR/run --last 3 --out DIR/shards --max-shard-size 20KiB").code == 0);
+  CHECK(fs::exists(at.dir / "shards/model.safetensors.index.json"));
+  const Outcome sharded = at("KILN eval DIR/shards --data DIR/train.bin --seq-len 16 --json");
+  INFO(sharded.text);
+  REQUIRE(sharded.code == 0);
+  CHECK(Json::parse(sharded.text).at("loss") == Json::parse(merged.text).at("loss"));
   CHECK(losses(at.dir / "more").front() < losses(at.dir / "run").front());
   CHECK(at("KILN export DIR/merged --out DIR/exported --dtype bf16").code == 0);
   CHECK(at("KILN import DIR/exported --out DIR/imported").code == 0);
@@ -74,16 +81,17 @@ TEST_CASE("predict tells the annealed loss, checks it with a real anneal, and le
   REQUIRE(plain.code == 0);
   CHECK(Json::parse(plain.text).at("annealed_loss").is_null());
   CHECK(Json::parse(plain.text).at("anneal").at("begin") == 44);  // the snapshot nearest to 45
-  REQUIRE(at("KILN predict DIR/run --anneal-check --end 30 --share 0.2 --quiet").code == 0);
-  const Outcome checked = at("KILN predict DIR/run --anneal-check");
+  REQUIRE(at("KILN predict DIR/run --anneal-check --end 30 --share 0.3 --quiet").code == 0);
+  REQUIRE(at("KILN predict DIR/run --anneal-check --end 20 --share 0.25 --quiet").code == 0);
+  const Outcome checked = at("KILN predict DIR/run --anneal-check --end 40 --share 0.25");
   INFO(checked.text);
   REQUIRE(checked.code == 0);
   CHECK_THAT(checked.text, ContainsSubstring("the real anneal reached") && ContainsSubstring("1 earlier anneal"));
   const Json prediction = read_json(at.dir / "run/prediction.json");
-  CHECK(prediction.at("anneal").at("begin") == 45);
-  CHECK(prediction.at("checks") == 1);
+  CHECK(prediction.at("anneal").at("begin") == 30);
+  CHECK(prediction.at("checks") == 1);  // that of a third of the steps is another kind
   // Its loss is that of the anneal's own last validation, on the same sequences.
-  const fs::path anneal = at.dir / "run/anneals/linear_0_00000045_00000050";
+  const fs::path anneal = at.dir / "run/anneals/linear_0_00000030_00000040";
   CHECK(prediction.at("annealed_loss").get<double>() ==
         Approx(read_metrics(anneal / "metrics.jsonl").back().valid_loss.value()).epsilon(1e-6));
   CHECK(read_metrics(anneal / "metrics.jsonl").back().lr == 0.0);
@@ -91,19 +99,19 @@ TEST_CASE("predict tells the annealed loss, checks it with a real anneal, and le
   CHECK_THAT(read_text(at.dir / "run/prediction.html"), ContainsSubstring("Predicted anneals"));
 
   // A second anneal of the same end shares the merges; the same one again evaluates nothing.
-  REQUIRE(at("KILN predict DIR/run --anneal-check --shape 1-sqrt --quiet").code == 0);
+  REQUIRE(at("KILN predict DIR/run --anneal-check --end 40 --share 0.25 --shape 1-sqrt --quiet").code == 0);
   const Json other = read_json(at.dir / "run/prediction.json");
   CHECK(other.at("models_evaluated") == 3);  // schedule, QAM, and the anneal
   CHECK(other.at("sweep") == prediction.at("sweep"));
-  REQUIRE(at("KILN predict DIR/run --anneal-check --quiet").code == 0);
+  REQUIRE(at("KILN predict DIR/run --anneal-check --end 40 --share 0.25 --quiet").code == 0);
   Json again = read_json(at.dir / "run/prediction.json");
   CHECK(again.at("models_evaluated") == 0);
   CHECK(again.at("predictors") == prediction.at("predictors"));
   // Other held-out tokens, and merges that nobody kept, are evaluated.
-  REQUIRE(at("KILN predict DIR/run --tokens 320 --quiet").code == 0);
+  REQUIRE(at("KILN predict DIR/run --end 40 --share 0.25 --tokens 320 --quiet").code == 0);
   CHECK(read_json(at.dir / "run/prediction.json").at("models_evaluated") > 5);
   fs::remove_all(at.dir / "run/predictions");
-  REQUIRE(at("KILN predict DIR/run --anneal-check --quiet").code == 0);
+  REQUIRE(at("KILN predict DIR/run --anneal-check --end 40 --share 0.25 --quiet").code == 0);
   again = read_json(at.dir / "run/prediction.json");
   CHECK(again.at("models_evaluated") > 20);
   CHECK(again.at("predictors") == prediction.at("predictors"));
@@ -134,6 +142,17 @@ TEST_CASE("predict names what a run lacks") {
   CHECK(end.code == 2);
   CHECK_THAT(end.text, ContainsSubstring("step 25 has no snapshot; the nearest before is 20"));
   CHECK_THAT(at("KILN predict --help").text, ContainsSubstring("Example:"));
+  // Other runs to calibrate on, and the run itself, must know their own losses.
+  const Outcome other = at("mkdir DIR/other; KILN predict DIR/run --calibrate DIR/other");
+  CHECK(other.code == 3);
+  CHECK_THAT(other.text, ContainsSubstring("other: given as --calibrate, and holds no metrics.jsonl"));
+  const Outcome self = at("KILN predict DIR/run --calibrate DIR/other/../run");
+  CHECK(self.code == 2);
+  CHECK_THAT(self.text, ContainsSubstring("--calibrate names the run itself"));
+  REQUIRE(at("mv DIR/run/metrics.jsonl DIR/other").code == 0);
+  const Outcome own = at("KILN predict DIR/run --calibrate DIR/other");
+  CHECK(own.code == 3);
+  CHECK_THAT(own.text, ContainsSubstring("run: holds no metrics.jsonl"));
 }
 
 TEST_CASE("a run starts or goes on from a merge that holds optimizer states") {

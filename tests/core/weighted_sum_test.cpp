@@ -47,7 +47,35 @@ TEST_CASE("a sum of several sources has the bits of one source after the other")
           add_weighted({from[i], count * size_of(dtype)}, dtype, weights[i], expected);
         weighted_sum(from, dtype, weights, sum);
         if (count > 0) CHECK(std::memcmp(sum.data(), expected.data(), count * sizeof(double)) == 0);
+        for (const DType rounded_to : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
+          std::vector<std::byte> twice(count * size_of(rounded_to)), once(twice.size());
+          const bool finite = round_sum(expected, rounded_to, twice);
+          CHECK(rounded_sum(from, dtype, weights, rounded_to, count, once) == finite);
+          CHECK(once == twice);
+        }
       }
+}
+
+TEST_CASE("a rounded sum tells a result that is not finite wherever it stands") {
+  for (const DType rounded_to : {DType::f32, DType::bf16})
+    for (const float fault : {INFINITY, -INFINITY, std::nanf("")})
+      for (const std::size_t at : {0, 63, 64, 4095, 4100}) {
+        std::vector<float> a(4101, 1.0f), b(4101, 2.0f);
+        const std::vector<const std::byte*> from{std::as_bytes(std::span(a)).data(),
+                                                 std::as_bytes(std::span(b)).data()};
+        const std::vector<double> weights{0.5, 0.5};
+        std::vector<std::byte> out(a.size() * size_of(rounded_to));
+        CHECK(rounded_sum(from, DType::f32, weights, rounded_to, a.size(), out));
+        b[at] = fault;
+        CHECK_FALSE(rounded_sum(from, DType::f32, weights, rounded_to, a.size(), out));
+      }
+  // Finite in fp64, and not in f32.
+  const std::vector<double> wide(70, 1e300);
+  const std::byte* const from = std::as_bytes(std::span(wide)).data();
+  const double one = 1.0;
+  std::vector<float> out(wide.size());
+  CHECK_FALSE(rounded_sum(std::span(&from, 1), DType::f64, std::span(&one, 1), DType::f32, wide.size(),
+                          std::as_writable_bytes(std::span(out))));
 }
 
 TEST_CASE("a sum keeps what is not finite, and refuses integers") {

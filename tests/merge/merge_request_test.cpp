@@ -27,14 +27,17 @@ std::vector<std::int64_t> steps_of(const std::vector<fs::path>& directories) {
 
 TEST_CASE("every key of a merge file is read") {
   const TempDirectory temp;
-  const MergeRequest request = read_merge_file(write_yaml(temp,
-                                                          "checkpoints: [a, b]\nmethod: ema-closed\nout: c\n"
-                                                          "alpha: 0.2\nshape: 1-sqrt\nfinal_ratio: 0.1\nlast: 5\n"
-                                                          "every: 2\ndtype: same\nverify: false\nkeep_order: true\n"
-                                                          "normalise: false\nweights: [0.5, 0.5]\ndecay: [0.9]\n"
-                                                          "optimizer_state: keep-last\n"));
+  const MergeRequest request =
+      read_merge_file(write_yaml(temp,
+                                 "checkpoints: [a, b]\nmethod: ema-closed\nout: c\n"
+                                 "alpha: 0.2\nshape: 1-sqrt\nfinal_ratio: 0.1\nlast: 5\n"
+                                 "every: 2\ndtype: same\nverify: false\nkeep_order: true\n"
+                                 "normalise: false\nweights: [0.5, 0.5]\ndecay: [0.9]\n"
+                                 "optimizer_state: keep-last\nmax_shard_size: 5KB\ndry_run: true\n"));
   CHECK(request.options.optimizer_state == OptimizerStateMerge::keep_last);
   CHECK(request.checkpoints == std::vector<std::string>{"a", "b"});
+  CHECK(request.options.max_shard_bytes == 5000);
+  CHECK(request.options.dry_run);
   CHECK(request.last == 5);
   CHECK(request.every == 2);
   CHECK(request.options.output == "c");

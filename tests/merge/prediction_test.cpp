@@ -157,11 +157,22 @@ TEST_CASE("predictors are what they say: the last snapshot, weighted merges of t
   double mean = 0;  // of snapshots 10 to 20
   for (int i = 10; i <= 20; ++i) mean += shift_at(i) / 11;
   CHECK(*named(prediction, "sma").loss == Approx(loss_of(mean)).margin(1e-6));
+  // Ten snapshots before the last, alpha 0.1: the recursion leaves 0.9^10 on the oldest, the closed form 0.9^i on each.
+  double recursion = shift_at(10), closed = 0, sum = 0;
+  for (int i = 10; i <= 20; ++i) {
+    if (i > 10) recursion = 0.1 * shift_at(i) + 0.9 * recursion;
+    closed += std::pow(0.9, 20 - i) * shift_at(i);
+    sum += std::pow(0.9, 20 - i);
+  }
+  CHECK(*named(prediction, "ema").loss == Approx(loss_of(recursion)).margin(1e-6));
+  CHECK(*named(prediction, "ema-closed").loss == Approx(loss_of(closed / sum)).margin(1e-6));
+  CHECK(std::abs(loss_of(recursion) - loss_of(closed / sum)) > 1e-5);
+  CHECK_THAT(named(prediction, "ema-closed").note, ContainsSubstring("closed form with alpha 0.1"));
   CHECK(*named(prediction, "last").loss == prediction.last_loss);
   CHECK(named(prediction, "last").standard_error == 0.0);
   // The difference is known far better than either loss.
   CHECK(named(prediction, "sma").standard_error < 1e-3);
-  CHECK(named(prediction, "sma").standard_error > 0.0);
+  CHECK(named(prediction, "sma").standard_error.value() > 0.0);
   CHECK_FALSE(named(prediction, "MTL").loss.has_value());
   CHECK_FALSE(named(prediction, "calibrated gap").loss.has_value());
 
@@ -210,8 +221,81 @@ TEST_CASE("a check fills signed errors, and what it found is trusted later") {
   CHECK(later.interval.high - later.loss == Approx(12.71 * 0.001).epsilon(0.2));
   CHECK(*named(later, "calibrated gap").loss == Approx(later.last_loss - 0.25));
   CHECK(*named(later, "schedule, corrected").loss == Approx(*named(later, "schedule").loss - 0.25));
-  checks[0].anneal.shape = DecayShape::cosine;  // another kind of anneal
-  CHECK(predict(request).trusted == "schedule");
+  // The gap comes from other models: over sequences nothing is known of it.
+  CHECK_FALSE(named(later, "calibrated gap").standard_error);
+  CHECK(named(later, "schedule, corrected").standard_error == named(later, "schedule").standard_error);
+  CHECK(named(later, "calibrated gap").note == "mean gap 0.2500 of 1 earlier anneals");
+}
+
+TEST_CASE("what earlier anneals showed counts for those of the same shape, final ratio and share") {
+  const Toy toy;
+  PredictionRequest request = toy.request();
+  AnnealCheck check{.anneal = request.anneal, .last_loss = 3.5, .annealed_loss = 3.25, .errors = {{"wma", 0.001}}};
+  request.checks = std::span(&check, 1);
+  const auto counts = [&] {
+    const Prediction prediction = predict(request);
+    CHECK(prediction.checks == (named(prediction, "calibrated gap").loss ? 1u : 0u));
+    CHECK(prediction.trusted == (prediction.checks == 1 ? "wma" : "schedule"));
+    return prediction.checks == 1;
+  };
+  CHECK(counts());  // 100 of 300 steps
+  SECTION("of any length") {
+    check.anneal = {.begin = 400, .end = 600};
+    CHECK(counts());
+    check.anneal.begin = 440;  // 0.27, where 0.33 was asked for
+    CHECK(counts());
+  }
+  SECTION("another share") {
+    check.anneal.begin = 250;
+    CHECK_FALSE(counts());
+    check.anneal.begin = 100;
+    CHECK_FALSE(counts());
+    CHECK(named(predict(request), "calibrated gap").note ==
+          "no earlier anneal of this shape, final ratio and share was checked; 1 of others");
+    CHECK_THAT(predict(request).reason, ContainsSubstring("no earlier anneal of this kind"));
+  }
+  SECTION("another shape") {
+    check.anneal.shape = DecayShape::cosine;
+    CHECK_FALSE(counts());
+  }
+  SECTION("another end") {
+    check.anneal.final_ratio = 0.1;
+    CHECK_FALSE(counts());
+  }
+}
+
+TEST_CASE("a law's fall of the loss has no error over sequences, its error against a real anneal has one") {
+  const Toy toy;
+  LossCurve trunk, branch;
+  for (std::int64_t step = 1; step <= 300; ++step) {
+    trunk.lr.push_back(1e-3);
+    trunk.step.push_back(step);
+    trunk.loss.push_back(2 + 4 / std::sqrt(static_cast<double>(step)));
+    if (step > 200) continue;
+    branch.lr.push_back(step <= 150 ? 1e-3 : 1e-3 * static_cast<double>(200 - step) / 50);
+    branch.step.push_back(step);
+    branch.loss.push_back(trunk.loss.back() - (step <= 150 ? 0 : 0.002 * static_cast<double>(step - 150)));
+  }
+  const std::vector<LossCurve> curves{trunk, branch};
+  PredictionRequest request = toy.request();
+  request.curves = curves;
+  const fs::path annealed = write_snapshot(toy.temp / "annealed", 300, 0.002);
+  request.run_anneal = [&] { return annealed; };
+  const Prediction prediction = predict(request);
+  for (const std::string law : {"MTL", "MPL"}) {
+    INFO(law);
+    REQUIRE(named(prediction, law).loss);
+    CHECK_FALSE(named(prediction, law).standard_error);
+    CHECK(named(prediction, law).error_standard_error == named(prediction, "last").error_standard_error);
+    CHECK(named(prediction, law).error_standard_error.value() > 0.0);
+    const Json json = to_json(prediction);
+    for (const Json& row : json["predictors"])
+      if (row["name"] == law) CHECK(row["standard_error"].is_null());
+    std::string row = prediction_text("run", prediction);
+    row = row.substr(row.find(law));
+    row = row.substr(0, row.find('\n'));
+    CHECK_THAT(row, ContainsSubstring(" - ") && !ContainsSubstring("0.0000"));
+  }
 }
 
 TEST_CASE(

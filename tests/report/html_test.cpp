@@ -104,6 +104,26 @@ TEST_CASE("report: one page with every run, nothing from outside, all text escap
     CHECK(page.find(part) == std::string::npos);
 }
 
+TEST_CASE("report: rescues are marked on the loss and told one by one") {
+  TempDir root;
+  const auto dir = make_run(root, "a<b", 40);
+  CHECK_THAT(html_report("t", {load_run(dir)}), !ContainsSubstring("rescue") && !ContainsSubstring("Rescues"));
+  MetricsWriter writer(dir, 30);
+  StepMetrics m = metrics_at(31);
+  m.rescue = RescueEvent{.number = 1,
+                         .step = 37,
+                         .resumed_step = 30,
+                         .oldest_step = 10,
+                         .checkpoints = 3,
+                         .optimizer_states = "keep-last",
+                         .reason = "loss < 1"};
+  writer.write(m);
+  const std::string page = html_report("t", {load_run(dir)});
+  CHECK_THAT(page, ContainsSubstring("a&lt;b, rescue"));  // in the legend
+  CHECK_THAT(page, ContainsSubstring("<li>a&lt;b: rescue 1, step 37: mean of 3 checkpoints, steps 10 to 30, optimizer "
+                                     "states of the newest; went on after step 30 (loss &lt; 1)</li>"));
+}
+
 TEST_CASE("report: the best value of a column is marked once, ties twice") {
   TempDir root;
   const auto count_best = [](const std::string& page) {

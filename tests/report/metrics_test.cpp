@@ -11,17 +11,18 @@
 
 std::atomic<long> allocations{0};
 
-void* operator new(std::size_t size) {
+// Not inlined, where GCC would find malloc's memory given to another function than free.
+[[gnu::noinline]] void* operator new(std::size_t size) {
   ++allocations;
   if (void* p = std::malloc(size)) return p;
   throw std::bad_alloc();
 }
-void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+[[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   ++allocations;
   return std::malloc(size);
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 
 using namespace kiln;
 
@@ -104,6 +105,41 @@ TEST_CASE("metrics: the longest line fits") {
   const auto read = read_metrics(dir.path / "metrics.jsonl");
   REQUIRE(read.size() == 1);
   CHECK(read[0].valid_loss == kLong);
+}
+
+TEST_CASE("metrics: a rescue stands in the line of the step that follows it") {
+  TempDir dir;
+  MetricsWriter writer(dir.path, 0);
+  StepMetrics m = metrics_at(56);
+  m.rescue = RescueEvent{.number = 2,
+                         .step = 57,
+                         .resumed_step = 55,
+                         .oldest_step = 45,
+                         .checkpoints = 3,
+                         .optimizer_states = "average",
+                         .reason = "runs/\"a\": the loss is 9"};
+  writer.write(m);
+  writer.write(metrics_at(57));
+  CHECK_THAT(slurp(dir.path / "metrics.jsonl"),
+             ContainsSubstring(R"("rescue": {"number":2,"step":57,"resumed_step":55,"oldest_step":45,"checkpoints":3,)"
+                               R"("optimizer_states":"average","reason":"runs/\"a\": the loss is 9"}})"
+                               "\n"));
+  const auto read = read_metrics(dir.path / "metrics.jsonl");
+  REQUIRE(read.size() == 2);
+  CHECK(read[0].rescue == m.rescue);
+  CHECK_FALSE(read[1].rescue.has_value());
+  CHECK(to_string(*m.rescue) ==
+        "rescue 2, step 57: mean of 3 checkpoints, steps 45 to 55, optimizer states averaged; went on after step 55 "
+        "(runs/\"a\": the loss is 9)");
+  // A long reason is cut, between characters, so that the line stays whole.
+  m.rescue->reason = std::string(399, 'x') + "\u00e9 and more";
+  writer.write(m);
+  CHECK(read_metrics(dir.path / "metrics.jsonl").back().rescue->reason == std::string(399, 'x'));
+  spill(dir.path / "metrics.jsonl", R"({"step": 1, "tokens": 1, "loss": 1, "lr": 1, "grad_norm": 1, "step_ms": 1, )"
+                                    R"("tokens_per_s": 1, "mfu": 1, "memory_bytes": 1, "rescue": {"number": 1}})"
+                                    "\n");
+  CHECK_THROWS_WITH(read_metrics(dir.path / "metrics.jsonl"),
+                    ContainsSubstring("metrics.jsonl:1: key \"rescue\" is {\"number\":1}"));
 }
 
 TEST_CASE("metrics: a resumed file equals one that never stopped") {

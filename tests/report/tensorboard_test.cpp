@@ -111,4 +111,11 @@ TEST_CASE("tensorboard: a step's fields each have their tag, and nothing is allo
   for (const char* tag : {"train/loss", "train/tokens_per_s", "train/memory_bytes", "valid/loss"})
     CHECK_THAT(file, ContainsSubstring(tag));
   CHECK(file.find("train/step\x15") == std::string::npos);
+  CHECK(file.find("rescue") == std::string::npos);
+  m.rescue = RescueEvent{.number = 3};
+  writer.step(m);
+  const auto all = records(slurp(*files_in(dir.path).begin()));
+  CHECK(all.size() == 1 + 8 + 100 * 9 + 10);
+  const std::string three("\x15\x00\x00\x40\x40", 5);  // simple_value 3.0f
+  CHECK_THAT(all.back(), ContainsSubstring("train/rescue" + three));
 }
