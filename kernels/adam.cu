@@ -3,11 +3,10 @@
 #include <cmath>
 #include <vector>
 
-#include "base/rng.h"
 #include "graph/parameter.h"
-#include "kernels/adam_moments.cuh"
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
+#include "kernels/state_access.cuh"
 
 namespace kiln::cuda {
 namespace {
@@ -19,8 +18,8 @@ struct Target {
   std::uint16_t* w;    // bf16
   std::uint16_t* low;  // lower halves of the f32 masters; null: stochastic rounding
   const void* g;
-  MomentPointers moments;
-  std::uint64_t stream;  // of the weights' stochastic rounding
+  StatePointer first, second;  // moments
+  std::uint64_t stream;        // of the weights' stochastic rounding
   std::int64_t n;
   double beta1, beta2, weight_decay;
   float eps;
@@ -54,19 +53,13 @@ __device__ Constants constants(const Target& t, const double* scalars) {
 /// Bytes an element: w, low, m and v are read and written, g is read: 28 with masters, f32 states and f32 gradients; 14
 /// with bf16 everywhere, 16 with masters, f32 gradients and 8-bit states. All parameters in one launch.
 template <typename State>
-__global__ void __launch_bounds__(kThreads)
-    update(const Target* targets, const Piece* pieces, int count, const double* scalars, std::uint64_t seed,
-           [[maybe_unused]] const CodeMaps* maps) {
+__global__ void __launch_bounds__(kThreads) update(const Target* targets, const Piece* pieces, int count,
+                                                   const double* scalars, std::uint64_t seed, const CodeMaps* maps) {
   if (!isfinite(scalars[static_cast<int>(Scalar::grad_norm)])) return;
   const float clip = static_cast<float>(scalars[static_cast<int>(Scalar::clip_scale)]);
   const std::uint64_t key = rounding_seed(seed, scalars[static_cast<int>(Scalar::step)]);
-  __shared__ float code_maps[sizeof(State) == 1 ? sizeof(CodeMaps) / sizeof(float) : 1];
-  const auto access = [&] {
-    if constexpr (sizeof(State) == 1)
-      return MomentAccess<State>(*maps, code_maps, kThreads);
-    else
-      return MomentAccess<State>();
-  }();
+  __shared__ float code_maps[StateAccess<State>::kSharedFloats];
+  const StateAccess<State> access(maps, code_maps, kThreads);
   __shared__ Constants shared;
   int current = -1;
   for (int p = static_cast<int>(blockIdx.x); p < count; p += static_cast<int>(gridDim.x)) {
@@ -79,12 +72,14 @@ __global__ void __launch_bounds__(kThreads)
       current = piece.target;
     }
     const Constants c = shared;
-    const std::int64_t i = piece.first + threadIdx.x * kPerThread;
-    if (i >= t.n) continue;
+    std::int64_t i = piece.first + threadIdx.x * kPerThread;
+    if (access.done(i, t.n)) continue;
+    const bool inside = i < t.n;
+    if (!inside) i = piece.first;  // beside others of its warp: reads something, writes nothing
     const Float8 g = t.half_gradient ? load_state(static_cast<const bf16*>(t.g) + i)
                                      : load_state(static_cast<const float*>(t.g) + i);
-    Float8 m, v;
-    access.load(t.moments, i, m, v);
+    Float8 m = access.values(access.load(t.first, i), StateValues::any);
+    Float8 v = access.values(access.load(t.second, i), StateValues::positive);
     Master8 w(t.w, t.low, i);
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
@@ -93,13 +88,10 @@ __global__ void __launch_bounds__(kThreads)
       v.v[k] = c.b2 * v.v[k] + c.c2 * x * x;
       w.value.v[k] = c.after * (c.before * w.value.v[k] - c.rate * m.v[k] / (sqrtf(v.v[k]) / c.root + t.eps));
     }
-    access.store(t.moments, i, m, v, key);
-    w.store(t.w, t.low, i, key, t.stream);
+    access.store(t.first, i, m, StateValues::any, key, inside);
+    access.store(t.second, i, v, StateValues::positive, key, inside);
+    if (inside) w.store(t.w, t.low, i, key, t.stream);
   }
-}
-
-std::uint64_t state_stream(const AdamUpdate& op, std::string_view state) {
-  return stream_of(fmt::format("{}.{}", op.parameter().name, state).c_str());
 }
 
 /// All neighbouring Adam updates of a plan in one launch.
@@ -108,7 +100,7 @@ class AdamKernel final : public Kernel {
   AdamKernel(const Nodes& nodes, Context& context) : stream_(context.stream), blocks_(8 * context.multiprocessors) {
     for (std::size_t i = 0; i < nodes.group.count; ++i) ops_.push_back(&nodes.op<AdamUpdate>(i));
     state_ = nodes.inputs()[3].dtype;
-    if (state_ == DType::u8) maps_ = context.allocate(sizeof(CodeMaps), "maps of 8-bit states");
+    maps_ = make_code_maps(context, state_ == DType::u8);
     std::size_t pieces = 0;
     for (const AdamUpdate* op : ops_) pieces += blocks_for(op->parameter().shape.numel(), kBlock);
     targets_ = context.allocate(ops_.size() * sizeof(Target), "table of updates");
@@ -122,16 +114,14 @@ class AdamKernel final : public Kernel {
       const UpdateArgs a = ops_[i]->arguments(nodes[i]);
       const AdamUpdate::Options& o = ops_[i]->options();
       const std::int64_t n = a.w.numel();
-      const bool coded = state_ == DType::u8;
+      std::span<const Tensor> states = a.states;
+      const StatePointer first_moment = take_state(states, ops_[i]->parameter(), "exp_avg"),
+                         second_moment = take_state(states, ops_[i]->parameter(), "exp_avg_sq");
       targets.push_back({.w = static_cast<std::uint16_t*>(a.w.data),
                          .low = static_cast<std::uint16_t*>(a.low.data),
                          .g = a.g.data,
-                         .moments = {.first = a.states[0].data,
-                                     .second = a.states[coded ? 2 : 1].data,
-                                     .first_scale = coded ? a.states[1].as<float>() : nullptr,
-                                     .second_scale = coded ? a.states[3].as<float>() : nullptr,
-                                     .first_stream = state_stream(*ops_[i], "exp_avg"),
-                                     .second_stream = state_stream(*ops_[i], "exp_avg_sq")},
+                         .first = first_moment,
+                         .second = second_moment,
                          .stream = ops_[i]->stream(),
                          .n = n,
                          .beta1 = o.beta1,
@@ -145,8 +135,6 @@ class AdamKernel final : public Kernel {
     count_ = static_cast<int>(pieces.size());
     copy_to_device(targets_, targets.data(), stream_);
     copy_to_device(pieces_, pieces.data(), stream_);
-    const CodeMaps maps{state_map(StateValues::any), state_map(StateValues::positive)};
-    if (state_ == DType::u8) copy_to_device(maps_, &maps, stream_);
   }
 
   void run(std::span<const KernelArgs> nodes) override {
@@ -175,12 +163,10 @@ void check_adam(const Nodes& nodes) {
   const std::vector<TensorSpec> in = nodes.inputs();
   require(in[0].dtype == DType::bf16, "{}: weights of {}, expected bf16", nodes.node().op->name(),
           to_string(in[0].dtype));
-  const std::int64_t multiple = in[3].dtype == DType::u8 ? kStateBlock : kPerThread;
   for (std::size_t i = 0; i < nodes.group.count; ++i) {
     const Parameter& parameter = nodes.op<AdamUpdate>(i).parameter();
-    require(parameter.shape.numel() % multiple == 0, "{}: {} of {} elements, expected a multiple of {}{}",
-            nodes.node().op->name(), parameter.name, parameter.shape.numel(), multiple,
-            multiple == kStateBlock ? "; use optimizer.states: bf16, or train on the CPU" : "");
+    require(parameter.shape.numel() % kPerThread == 0, "{}: {} of {} elements, expected a multiple of {}",
+            nodes.node().op->name(), parameter.name, parameter.shape.numel(), kPerThread);
   }
 }
 

@@ -41,8 +41,8 @@ class ApolloKernel final : public Kernel {
  public:
   ApolloKernel(const Nodes& nodes, Context& context) : group_(group_of(nodes)) {
     for (std::size_t i = 0; i < nodes.group.count; ++i) ops_.push_back(&nodes.op<ApolloUpdate>(i));
-    group_.prepare(nodes, context,
-                   {LowRankWork::basis, LowRankWork::project, LowRankWork::moments, LowRankWork::scale});
+    group_.prepare(nodes, context, {LowRankWork::basis, LowRankWork::project, LowRankWork::moments, LowRankWork::scale},
+                   ops_.front()->options().states);
   }
 
   void bind(std::span<const KernelArgs> nodes) override {
@@ -51,9 +51,10 @@ class ApolloKernel final : public Kernel {
     for (std::size_t i = 0; i < ops_.size(); ++i) {
       const UpdateArgs a = ops_[i]->arguments(nodes[i]);
       LowRankMatrix t = group_.matrix(i, a, ops_[i]->parameter(), memory);
-      t.moment = a.states[0].data;
-      t.square = a.states[1].data;
-      t.limiter = a.states[2].as<float>();
+      std::span<const Tensor> states = a.states;
+      t.moment = take_state(states, ops_[i]->parameter(), "exp_avg");
+      t.square = take_state(states, ops_[i]->parameter(), "exp_avg_sq");
+      t.limiter = states[0].as<float>();
       t.refresh_offset = static_cast<std::int32_t>(ops_[i]->schedule().offset);
       matrices.push_back(t);
     }
@@ -63,7 +64,6 @@ class ApolloKernel final : public Kernel {
   void run(std::span<const KernelArgs> nodes) override {
     const ApolloUpdate::Options& o = ops_.front()->options();
     LowRankTable table = group_.table();
-    table.half_states = o.states == StatePrecision::bf16;
     table.scalars = nodes.front().in[2].as<double>();
     table.step = step_of(o);
     const LowRankTable basis = group_.with(LowRankWork::basis, table),
@@ -92,9 +92,9 @@ std::unique_ptr<Kernel> make_apollo(const Nodes& nodes, Context& context) {
 
 void check_apollo(const Nodes& nodes) {
   const ApolloUpdate::Options& o = nodes.op<ApolloUpdate>().options();
-  if (o.factor == ApolloFactor::vector) return require_low_rank(nodes, o.rank, o.states);
+  if (o.factor == ApolloFactor::vector) return require_low_rank(nodes, o.rank);
   require(o.rank == 1, "apollo_mini: rank {}, expected 1", o.rank);
-  require_matrices(nodes, o.states);
+  require_matrices(nodes);
 }
 
 }  // namespace

@@ -38,7 +38,10 @@ std::int64_t pruned(std::int64_t stored, std::int64_t own) {
 class LoraKernel final : public Kernel {
  public:
   LoraKernel(const Nodes& nodes, Context& context)
-      : op_(&nodes.op<LoraUpdate>()), gemms_(context.gemms), stream_(context.stream) {}
+      : op_(&nodes.op<LoraUpdate>()),
+        gemms_(context.gemms),
+        stream_(context.stream),
+        code_maps_(make_code_maps(context, op_->options().states == StatePrecision::int8)) {}
 
   void bind(std::span<const KernelArgs> nodes) override {
     const LowRankGeometry at = geometry(*op_);
@@ -46,6 +49,7 @@ class LoraKernel final : public Kernel {
     const UpdateArgs args = op_->arguments(nodes.front());
     t_ = matrix(*op_, args);
     t_.stream_of_work = stream_;
+    t_.maps = reinterpret_cast<const CodeMaps*>(code_maps_.data());
     auto* memory = static_cast<std::byte*>(args.workspace.data);
     auto cut = [&]<typename T>(T*& to, std::size_t bytes) {
       to = reinterpret_cast<T*>(memory);
@@ -112,19 +116,17 @@ class LoraKernel final : public Kernel {
     t.n = at.n;
     t.r = at.rank;
     t.own_n = static_cast<std::int32_t>(own[1]);
+    t.states = o.states;
+    std::span<const Tensor> states = args.states.subspan(2);
     for (std::size_t factor = 0; factor < 2; ++factor) {
       t.pruned[factor] = factor == 0 ? pruned(std::int64_t{at.rank} * at.n, at.rank * own[1])
                                      : pruned(std::int64_t{at.rank} * at.m, at.rank * own[0]);
-      for (std::size_t moment = 0; moment < 2; ++moment) {
-        t.moments[factor][moment] = args.states[2 + 2 * factor + moment].data;
-        t.moment_streams[factor][moment] = stream_of(
-            fmt::format("{}.lora_{}_exp_avg{}", parameter.name, factor == 0 ? 'a' : 'b', moment == 0 ? "" : "_sq")
-                .c_str());
-      }
+      for (std::size_t moment = 0; moment < 2; ++moment)
+        t.moments[factor][moment] = take_state(
+            states, parameter, fmt::format("lora_{}_exp_avg{}", factor == 0 ? 'a' : 'b', moment == 0 ? "" : "_sq"));
     }
     t.stream = stream_of(parameter.name.c_str());
     t.half_gradient = args.g.dtype() == DType::bf16;
-    t.half_states = o.states == StatePrecision::bf16;
     t.decay = parameter.decay;
     t.restart = o.restart;
     t.every = static_cast<std::int32_t>(o.refresh);
@@ -145,16 +147,14 @@ class LoraKernel final : public Kernel {
   cudaStream_t stream_;
   LoraMatrix t_{};
   std::byte* gemm_memory_ = nullptr;
+  Buffer code_maps_;
 };
 
 std::unique_ptr<Kernel> make_lora(const Nodes& nodes, Context& context) {
   return std::make_unique<LoraKernel>(nodes, context);
 }
 
-void check_lora(const Nodes& nodes) {
-  const LoraUpdate::Options& o = nodes.op<LoraUpdate>().options();
-  require_low_rank(nodes, o.rank, o.states);
-}
+void check_lora(const Nodes& nodes) { require_low_rank(nodes, nodes.op<LoraUpdate>().options().rank); }
 
 }  // namespace
 

@@ -35,7 +35,8 @@ __device__ double uniform(uint4 words) {
 /// The number of `rank` (from 0) among n numbers that are not negative, by eight bits of theirs at a time. Counts are
 /// whole numbers, whose order of addition is free.
 template <typename State>
-__device__ float select(const State* values, std::int64_t n, std::int64_t rank) {
+__device__ float select(const StatePointer& values, const StateAccess<State>& access, std::int64_t n,
+                        std::int64_t rank) {
   __shared__ std::uint32_t counts[kBins], found;
   __shared__ std::int64_t rest;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -45,7 +46,7 @@ __device__ float select(const State* values, std::int64_t n, std::int64_t rank) 
     __syncthreads();
     for (std::int64_t first = 0; first < n; first += kSelectThreads * kEach) {
       const std::int64_t at = first + thread * kEach;
-      const Float8 x = at < n ? load_state(values + at) : Float8{};
+      const Float8 x = at < n ? access.values(access.load(values, at), StateValues::positive) : Float8{};
 #pragma unroll
       for (int k = 0; k < kEach; ++k) {
         const std::uint32_t bits = __float_as_uint(x.v[k]), bin = bits >> shift & 0xffu;
@@ -73,25 +74,33 @@ __device__ float select(const State* values, std::int64_t n, std::int64_t rank) 
 
 template <typename State>
 __global__ void __launch_bounds__(kSelectThreads) thresholds_of(LoraMatrix t) {
+  __shared__ float code_maps[StateAccess<State>::kSharedFloats];
   const std::int64_t step = step_number(t);
   if (skipped(t.scalars) || step == 1 || !draws(t, step)) return;
+  const StateAccess<State> access(t.maps, code_maps, kSelectThreads);
   const bool of_b = blockIdx.x == 1;
   const std::int64_t n = static_cast<std::int64_t>(t.r) * (of_b ? t.m : t.n);
-  const float least = select(static_cast<const State*>(t.moments[of_b][1]), n, t.pruned[of_b]);
+  const float least = select(t.moments[of_b][1], access, n, t.pruned[of_b]);
   if (threadIdx.x == 0) t.thresholds[of_b] = least;
 }
 
-/// Eights of A, then of B: where this thread's lie.
+/// Elements of A with room to the end of its last block, so that those of B start with a warp.
+__host__ __device__ std::int64_t blocks_of_a(const LoraMatrix& t) {
+  return (static_cast<std::int64_t>(t.r) * t.n + kStateBlock - 1) / kStateBlock * kStateBlock;
+}
+
+/// Eights of A, then of B: where this thread's lie. A thread that is not inside has the first.
 struct Place {
   bool of_b, inside;
   std::int64_t at;    // element of A or B
   std::int64_t left;  // of B: element of `left`, its part before the step
   __device__ explicit Place(const LoraMatrix& t) {
     const std::int64_t first = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kEach;
-    const std::int64_t of_a = static_cast<std::int64_t>(t.r) * t.n;
+    const std::int64_t of_a = blocks_of_a(t);
     of_b = first >= of_a;
     at = of_b ? first - of_a : first;
-    inside = !of_b || at < static_cast<std::int64_t>(t.r) * t.m;
+    inside = at < static_cast<std::int64_t>(t.r) * (of_b ? t.m : t.n);
+    if (!inside) at = 0;
     left = of_b ? at / t.r * 2 * t.r + at % t.r : 0;
   }
 };
@@ -162,30 +171,39 @@ struct Constants {
 template <typename State>
 __global__ void __launch_bounds__(kThreads) adam_of(LoraMatrix t) {
   if (skipped(t.scalars)) return;
+  __shared__ float code_maps[StateAccess<State>::kSharedFloats];
+  const StateAccess<State> access(t.maps, code_maps, kThreads);
   __shared__ Constants shared;
   if (threadIdx.x == 0) shared = Constants(t);
   __syncthreads();
   const Constants c = shared;
   const Place place(t);
-  if (!place.inside) return;
-  State* const first = static_cast<State*>(t.moments[place.of_b][0]) + place.at;
-  State* const second = static_cast<State*>(t.moments[place.of_b][1]) + place.at;
+  if (sizeof(State) > 1 && !place.inside) return;  // of codes it goes along with its warp
+  const StatePointer &first = t.moments[place.of_b][0], &second = t.moments[place.of_b][1];
   float* const to = (place.of_b ? t.b : t.a) + place.at;
   const Float8 g = load_state((place.of_b ? t.db : t.da) + place.at);
   const float least = c.clear ? INFINITY : c.prune ? t.thresholds[place.of_b] : 0.0f;
-  Float8 m = load_state(first), v = load_state(second), x = load_state(to), change;
+  Float8 m = access.values(access.load(first, place.at), StateValues::any);
+  Float8 v = access.values(access.load(second, place.at), StateValues::positive), x = load_state(to), change;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k)
+    if (!(v.v[k] >= least)) m.v[k] = v.v[k] = 0.0f;
+  if (c.prune) {  // the CPU stores what is left: codes then have the scales of that
+    m = access.again(m, StateValues::any, place.inside);
+    v = access.again(v, StateValues::positive, place.inside);
+  }
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
-    const bool stays = v.v[k] >= least;
     const float gradient = c.scale * g.v[k];
-    m.v[k] = c.b1 * (stays ? m.v[k] : 0.0f) + c.c1 * gradient;
-    v.v[k] = c.b2 * (stays ? v.v[k] : 0.0f) + c.c2 * gradient * gradient;
+    m.v[k] = c.b1 * m.v[k] + c.c1 * gradient;
+    v.v[k] = c.b2 * v.v[k] + c.c2 * gradient * gradient;
     const float before = x.v[k];
     x.v[k] = c.keep * before - c.rate * (m.v[k] / (sqrtf(v.v[k]) / c.root + c.eps));
     change.v[k] = x.v[k] - before;
   }
-  store_state(first, m, c.key, t.moment_streams[place.of_b][0], place.at / kEach);
-  store_state(second, v, c.key, t.moment_streams[place.of_b][1], place.at / kEach);
+  access.store(first, place.at, m, StateValues::any, c.key, place.inside);
+  access.store(second, place.at, v, StateValues::positive, c.key, place.inside);
+  if (!place.inside) return;
   store_whole(to, x);
   if (place.of_b) return store_half(t.left + place.left + t.r, change);
   store_half(t.right + place.at, change);
@@ -205,14 +223,14 @@ __global__ void __launch_bounds__(kThreads) merge_all(LoraMatrix t) {
 }
 
 unsigned blocks(std::int64_t elements) { return blocks_for(elements, kThreads * kEach); }
-std::int64_t elements_of_factors(const LoraMatrix& t) { return (static_cast<std::int64_t>(t.m) + t.n) * t.r; }
+std::int64_t elements_of_factors(const LoraMatrix& t) { return blocks_of_a(t) + static_cast<std::int64_t>(t.m) * t.r; }
 std::int64_t elements(const LoraMatrix& t) { return static_cast<std::int64_t>(t.m) * t.n; }
 
 }  // namespace
 
 void lora_thresholds(const LoraMatrix& t) {
   launch({"lora_thresholds", 2, kSelectThreads, t.stream_of_work},
-         t.half_states ? thresholds_of<bf16> : thresholds_of<float>, t);
+         of_states(t.states, thresholds_of<float>, thresholds_of<bf16>, thresholds_of<std::uint8_t>), t);
 }
 
 void lora_begin(const LoraMatrix& t) {
@@ -222,7 +240,7 @@ void lora_begin(const LoraMatrix& t) {
 
 void lora_adam(const LoraMatrix& t) {
   launch({"lora_adam", blocks(elements_of_factors(t)), kThreads, t.stream_of_work},
-         t.half_states ? adam_of<bf16> : adam_of<float>, t);
+         of_states(t.states, adam_of<float>, adam_of<bf16>, adam_of<std::uint8_t>), t);
 }
 
 void lora_merge(const LoraMatrix& t) {

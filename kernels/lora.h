@@ -3,22 +3,25 @@
 
 #include <cstdint>
 
+#include "kernels/state_pointer.h"
+
 /// LoRA and ReLoRA on the GPU (optim/lora.h), one matrix at a time: elementwise passes between cuBLASLt's products of
 /// kernels/lora.cpp.
 namespace kiln::cuda {
 
 /// One matrix W [m,n] with its factors; m, n and r are multiples of eight.
 struct LoraMatrix {
-  std::uint16_t *w, *low;  // bf16; lower halves of the f32 masters, null: stochastic rounding
-  const void* g;           // f32 or bf16
-  float *a, *b;            // [r,n], [m,r]
-  void* moments[2][2];     // of A and of B: first and second, f32 or bf16 as half_states says
-  std::uint64_t moment_streams[2][2];
-  std::uint64_t stream;  // of A, and of the weights' stochastic rounding
+  std::uint16_t *w, *low;      // bf16; lower halves of the f32 masters, null: stochastic rounding
+  const void* g;               // f32 or bf16
+  float *a, *b;                // [r,n], [m,r]
+  StatePointer moments[2][2];  // of A and of B: first and second
+  StatePrecision states;       // of theirs
+  const CodeMaps* maps;        // in device memory, where they are int8
+  std::uint64_t stream;        // of A, and of the weights' stochastic rounding
   std::int32_t m, n, r;
   std::int32_t own_n;      // without padding, where A is zero
   std::int64_t pruned[2];  // so many of the smallest second moments go at a restart, those of padding among them
-  bool half_gradient, half_states, decay;
+  bool half_gradient, decay;
   bool restart;                        // ReLoRA
   std::int32_t every, offset, rewarm;  // steps
   double beta1, beta2, eps, weight_decay;
@@ -41,7 +44,7 @@ void lora_thresholds(const LoraMatrix& t);
 /// floor  6 bytes for each of (m + n) r elements, and 6 for each of m n where G is f32
 void lora_begin(const LoraMatrix& t);
 /// Adam on A and B, their moments pruned before where that is due; `left` and `right`.
-/// floor  28 bytes for each of (m + n) r elements, 20 with moments in bf16
+/// floor  28 bytes for each of (m + n) r elements, 20 with moments in bf16, 16 in int8
 void lora_adam(const LoraMatrix& t);
 /// W <- W + s product.
 /// floor  12 bytes a parameter, 8 without masters

@@ -49,7 +49,8 @@ class LowRankKernel final : public Kernel {
     for (std::size_t i = 0; i < nodes.group.count; ++i) ops_.push_back(&nodes.op<LowRankAdamUpdate>(i));
     group_.prepare(
         nodes, context,
-        {LowRankWork::basis, LowRankWork::project, LowRankWork::moments, LowRankWork::direction, LowRankWork::apply});
+        {LowRankWork::basis, LowRankWork::project, LowRankWork::moments, LowRankWork::direction, LowRankWork::apply},
+        ops_.front()->options().states, ops_.front()->options().projector_states);
   }
 
   void bind(std::span<const KernelArgs> nodes) override {
@@ -58,10 +59,13 @@ class LowRankKernel final : public Kernel {
     for (std::size_t i = 0; i < ops_.size(); ++i) {
       const UpdateArgs a = ops_[i]->arguments(nodes[i]);
       LowRankMatrix t = group_.matrix(i, a, ops_[i]->parameter(), memory);
-      t.q = a.states[0].as<float>();
-      t.moment = a.states[1].data;
-      t.square = a.states[2].data;
-      t.limiter = a.states.size() > 3 ? a.states[3].as<float>() : nullptr;
+      std::span<const Tensor> states = a.states;
+      t.projector = take_state(states, ops_[i]->parameter(), "projector");
+      const bool whole = ops_[i]->options().projector_states == StatePrecision::fp32;
+      t.q = whole ? static_cast<float*>(t.projector.data) : t.projected;
+      t.moment = take_state(states, ops_[i]->parameter(), "exp_avg");
+      t.square = take_state(states, ops_[i]->parameter(), "exp_avg_sq");
+      t.limiter = states.empty() ? nullptr : states[0].as<float>();
       t.refresh_offset = static_cast<std::int32_t>(ops_[i]->schedule().offset);
       matrices.push_back(t);
     }
@@ -73,7 +77,6 @@ class LowRankKernel final : public Kernel {
   void run(std::span<const KernelArgs> nodes) override {
     const LowRankAdamUpdate::Options& o = ops_.front()->options();
     LowRankTable table = group_.table();
-    table.half_states = o.states == StatePrecision::bf16;
     table.scalars = nodes.front().in[2].as<double>();
     table.step = step_of(o);
     low_rank_refresh(table, scratch_,
@@ -98,10 +101,8 @@ std::unique_ptr<Kernel> make_low_rank(const Nodes& nodes, Context& context) {
 
 void check_low_rank(const Nodes& nodes) {
   const LowRankAdamUpdate::Options& o = nodes.op<LowRankAdamUpdate>().options();
-  require_low_rank(nodes, o.rank, o.states);
+  require_low_rank(nodes, o.rank);
   require(o.projector == ProjectorKind::power, "optimizer.projector: svd runs on the CPU alone; use power");
-  require(o.projector_states == StatePrecision::fp32, "optimizer.projector_states: {} runs on the CPU alone; use fp32",
-          to_string(o.projector_states));
 }
 
 OpEntry entry(std::string_view name) {

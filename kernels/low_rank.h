@@ -2,8 +2,12 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
+
+#include "kernels/state_pointer.h"
 
 /// GaLore, Fira, Fira+ and APOLLO on the GPU (APOLLO-Mini: low_rank_one.h): all matrices of a plan in a handful of
 /// launches, whatever their number.
@@ -20,18 +24,18 @@ namespace kiln::cuda {
 
 /// One matrix. Tensors are row-major; `g`, `w` and `low` have n columns, moments and what the workspace holds r.
 struct LowRankMatrix {
-  CUtensorMap gradient;   // of g: low_rank_gradient_map
-  std::uint16_t* w;       // bf16 [m,n]
-  std::uint16_t* low;     // lower halves of the f32 masters; null: stochastic rounding
-  const void* g;          // [m,n] f32 or bf16: LowRankTable::half_gradient
-  float* q;               // [short, r]; of rank 1 P, in the workspace
-  void *moment, *square;  // [long, r] f32 or bf16: LowRankTable::half_states
-  float* limiter;         // [1]
+  CUtensorMap gradient;    // of g: low_rank_gradient_map
+  std::uint16_t* w;        // bf16 [m,n]
+  std::uint16_t* low;      // lower halves of the f32 masters; null: stochastic rounding
+  const void* g;           // [m,n] f32 or bf16: LowRankTable::half_gradient
+  StatePointer projector;  // Q [short, r] as stored: LowRankStates::basis; of APOLLO none
+  float* q;                // Q in f32: the stored one, else decoded over `projected`; of rank 1 P, in the workspace
+  StatePointer moment, square;  // [long, r]: LowRankStates::moments
+  float* limiter;               // [1]
   std::int32_t m, n, rank;
   std::int32_t refresh_offset;  // of (step - 1) mod refresh
   std::uint64_t stream;         // of random numbers
-  std::uint64_t moment_stream, square_stream;
-  bool right;  // vectors are rows
+  bool right;                   // vectors are rows
   bool decay;
   // workspace
   float* projected;                  // [long, r]: R, later N and R as pairs of bf16
@@ -61,6 +65,12 @@ struct LowRankPiece {
   std::int32_t matrix, row, column;
 };
 
+/// How states are stored (optim/state_codec.h): moments in bf16 are rounded stochastically, a basis to nearest.
+struct LowRankStates {
+  StatePrecision moments = StatePrecision::fp32, basis = StatePrecision::fp32;
+  const CodeMaps* maps = nullptr;  // in device memory, where one is int8
+};
+
 /// A launch's tables in device memory. Addresses are multiples of 64, for the tensor maps.
 struct LowRankTable {
   const LowRankMatrix* matrices;
@@ -69,7 +79,7 @@ struct LowRankTable {
   int rank;   // the largest
   int multiprocessors;
   bool half_gradient;  // G of all matrices is bf16, else f32
-  bool half_states;    // the moments are, rounded stochastically as optim/state_codec.h says
+  LowRankStates states;
   const double* scalars;
   LowRankStep step;
   cudaStream_t stream;
@@ -91,11 +101,16 @@ void low_rank_random_basis(const LowRankTable& table, int every);
 void low_rank_project(const LowRankTable& table);
 constexpr int low_rank_project_width(int largest_rank) { return largest_rank > 128 ? 256 : 128; }
 /// Moments, N, phi and the residual's share by vector; leaves N and R as bf16 pairs where LowRankStep::back is not 0.
-/// Pieces: row is the first vector,
-/// column their count, a multiple of which covers whole blocks of 8 elements.
-/// floor  24 bytes for each of long * r elements, 16 with moments in bf16
+/// Pieces: row is the first vector, column their count: low_rank_moment_vectors, that of a last piece at most.
+/// floor  24 bytes for each of long * r elements, 16 with moments in bf16, 12 in int8
 inline constexpr int kMomentsGroups = 512;  // of eight elements, in a piece
 void low_rank_moments(const LowRankTable& table);
+/// Vectors of a piece: kMomentsGroups groups or fewer, but codes need whole blocks that share a scale.
+constexpr int low_rank_moment_vectors(int rank, StatePrecision moments) {
+  const int block = static_cast<int>(kStateBlock);
+  const int unit = moments == StatePrecision::int8 ? block / std::gcd(block, rank) : 1;
+  return std::max(1, 8 * kMomentsGroups / rank / unit) * unit;
+}
 /// The limiter's factor and its norm, one block a matrix; `count` is the number of matrices.
 void low_rank_limit(const LowRankTable& table);
 /// N - inside c phi R as panels. Pieces: 128 vectors each, row is the first.

@@ -28,15 +28,18 @@ __device__ void fill_panel(std::uint16_t* panels, int first, int rows, int colum
 
 /// Rows of Q are columns of W where vectors are rows: they are then permuted for apply, and with them the depth of
 /// project's product.
+template <typename State>
 __global__ void __launch_bounds__(kThreads)
-    basis_of(const LowRankMatrix* matrices, const LowRankPiece* pieces, const double* scalars) {
+    basis_of(const LowRankMatrix* matrices, const LowRankPiece* pieces, const double* scalars, const CodeMaps* maps) {
   if (skipped(scalars)) return;
+  const StateAccess<State> access(maps);
   const LowRankPiece piece = pieces[blockIdx.x];
   const LowRankMatrix& t = matrices[piece.matrix];
-  const float* q = t.q;
+  const StatePointer q = t.projector;
   const int rank = t.rank;
-  fill_panel(t.basis, piece.row, t.side(), rank, t.right,
-             [&](int row, int column) { return load_state(q + static_cast<std::int64_t>(row) * rank + column); });
+  fill_panel(t.basis, piece.row, t.side(), rank, t.right, [&](int row, int column) {
+    return access.values(access.load(q, static_cast<std::int64_t>(row) * rank + column), StateValues::any);
+  });
 }
 
 /// P of this step: optim/apollo.h.
@@ -84,8 +87,9 @@ std::size_t low_rank_panel_bytes(int rows, int columns) {
 }
 
 void low_rank_basis(const LowRankTable& table) {
-  launch({"low_rank_basis", static_cast<unsigned>(table.count), kThreads, table.stream}, basis_of, table.matrices,
-         table.pieces, table.scalars);
+  launch({"low_rank_basis", static_cast<unsigned>(table.count), kThreads, table.stream},
+         of_states(table.states.basis, basis_of<float>, basis_of<bf16>, basis_of<std::uint8_t>), table.matrices,
+         table.pieces, table.scalars, table.states.maps);
 }
 
 void low_rank_random_basis(const LowRankTable& table, int every) {

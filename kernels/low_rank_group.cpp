@@ -71,7 +71,7 @@ void LowRankGroup::add_pieces(LowRankWork work, int matrix, const LowRankGeometr
         each(at.rank, low_rank_project_width(largest().rank), [&](int c) { list.push_back({matrix, v, c}); });
       });
     case LowRankWork::moments: {
-      const int vectors = std::max(1, kMomentsGroups * kAlignment / at.rank);
+      const int vectors = low_rank_moment_vectors(at.rank, states_.moments);
       return each(at.vectors(), vectors, [&](int v) { list.push_back({matrix, v, vectors}); });
     }
     case LowRankWork::direction:
@@ -87,10 +87,13 @@ void LowRankGroup::add_pieces(LowRankWork work, int matrix, const LowRankGeometr
   }
 }
 
-void LowRankGroup::prepare(const Nodes& nodes, Context& context, std::initializer_list<LowRankWork> works) {
+void LowRankGroup::prepare(const Nodes& nodes, Context& context, std::initializer_list<LowRankWork> works,
+                           StatePrecision moments, StatePrecision basis) {
   stream_ = context.stream;
   multiprocessors_ = context.multiprocessors;
   half_gradient_ = nodes.inputs()[1].dtype == DType::bf16;
+  code_maps_ = make_code_maps(context, moments == StatePrecision::int8 || basis == StatePrecision::int8);
+  states_ = {moments, basis, reinterpret_cast<const CodeMaps*>(code_maps_.data())};
   for (std::size_t i = 0; i < list_.size(); ++i) {
     for (const LowRankWork work : works) add_pieces(work, static_cast<int>(i), list_[i]);
   }
@@ -116,8 +119,6 @@ LowRankMatrix LowRankGroup::matrix(std::size_t i, const UpdateArgs& args, const 
   t.n = at.n;
   t.rank = at.rank;
   t.stream = stream_of(parameter.name.c_str());
-  t.moment_stream = stream_of((parameter.name + ".exp_avg").c_str());
-  t.square_stream = stream_of((parameter.name + ".exp_avg_sq").c_str());
   t.right = at.right;
   t.decay = parameter.decay;
   t.projected = cut(projected_bytes(at));
@@ -147,6 +148,7 @@ LowRankTable LowRankGroup::table() const {
   table.rank = largest().rank;
   table.multiprocessors = multiprocessors_;
   table.half_gradient = half_gradient_;
+  table.states = states_;
   table.stream = stream_;
   return table;
 }
@@ -159,12 +161,9 @@ LowRankTable LowRankGroup::with(LowRankWork work, LowRankTable table) const {
   return table;
 }
 
-void require_matrices(const Nodes& nodes, StatePrecision states) {
+void require_matrices(const Nodes& nodes) {
   require(nodes.inputs()[0].dtype == DType::bf16, "{}: weights of {}, expected bf16", nodes.node().op->name(),
           to_string(nodes.inputs()[0].dtype));
-  require(states != StatePrecision::int8,
-          "optimizer.states: {} for moments of {} runs on the CPU alone; use fp32 or bf16", to_string(states),
-          nodes.node().op->name());
   for (std::size_t i = 0; i < nodes.group.count; ++i) {
     const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
     const Shape& shape = parameter.shape;
@@ -176,8 +175,8 @@ void require_matrices(const Nodes& nodes, StatePrecision states) {
   }
 }
 
-void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states) {
-  require_matrices(nodes, states);
+void require_low_rank(const Nodes& nodes, std::int64_t rank) {
+  require_matrices(nodes);
   for (std::size_t i = 0; i < nodes.group.count; ++i) {
     const Parameter& parameter = nodes.op<UpdateOp>(i).parameter();
     const LowRankGeometry at = low_rank_geometry(parameter, rank);

@@ -29,8 +29,9 @@ class LowRankGroup {
   /// What stays of all matrices from their projection to their update.
   std::size_t workspace_bytes() const;
 
-  /// Makes the tables, with pieces for `works`.
-  void prepare(const Nodes& nodes, Context& context, std::initializer_list<LowRankWork> works);
+  /// Makes the tables, with pieces for `works`, and says how states are stored.
+  void prepare(const Nodes& nodes, Context& context, std::initializer_list<LowRankWork> works, StatePrecision moments,
+               StatePrecision basis = StatePrecision::fp32);
   /// Matrix i with its tensors and its place in `memory`, which moves on. States and what depends on them are left to
   /// the caller.
   LowRankMatrix matrix(std::size_t i, const UpdateArgs& args, const Parameter& parameter, std::byte*& memory) const;
@@ -50,12 +51,13 @@ class LowRankGroup {
   bool half_gradient_ = false;
   int multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;
-  Buffer matrix_table_, piece_table_;
+  LowRankStates states_;
+  Buffer matrix_table_, piece_table_, code_maps_;
 };
 
-/// Throws the usage Error of updates of matrices whose weights, gradients, states or sizes the GPU does not take.
-void require_matrices(const Nodes& nodes, StatePrecision states);
+/// Throws the usage Error of updates of matrices whose weights, gradients or sizes the GPU does not take.
+void require_matrices(const Nodes& nodes);
 /// The same, and of low-rank updates whose rank it does not take.
-void require_low_rank(const Nodes& nodes, std::int64_t rank, StatePrecision states);
+void require_low_rank(const Nodes& nodes, std::int64_t rank);
 
 }  // namespace kiln::cuda

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/launch.cuh"
 #include "kernels/low_rank.cuh"
 #include "kernels/low_rank_one.h"
@@ -34,44 +36,55 @@ __device__ float2 advance(Float8& m, Float8& v, const Float8& r, std::uint32_t (
 }
 
 /// Vectors [piece.row, piece.row + piece.column) of one matrix. A thread loads all that it takes before it stores
-/// anything, 192 bytes: device memory then has enough to do. Sums of a vector are added by one warp in a fixed order.
+/// anything, 192 bytes in f32: device memory then has enough to do. Pieces of codes may be larger, and go in turns of
+/// kMomentsGroups. Sums of a vector are added by one warp in a fixed order.
 template <typename State>
-__global__ void __launch_bounds__(kThreads, 3)
-    moments_of(const LowRankMatrix* matrices, const LowRankPiece* pieces, const double* scalars, Moments c) {
-  __shared__ float2 sums[kMomentsGroups];  // by group: squares of N and of R
+__global__ void __launch_bounds__(kThreads, 3) moments_of(const LowRankMatrix* matrices, const LowRankPiece* pieces,
+                                                          const double* scalars, const CodeMaps* maps, Moments c) {
+  constexpr bool kCoded = sizeof(State) == 1;
+  __shared__ float code_maps[StateAccess<State>::kSharedFloats];
+  extern __shared__ float2 sums[];  // by group of the piece: squares of N and of R
   if (skipped(scalars)) return;
+  const StateAccess<State> access(maps, code_maps, kThreads);
   const LowRankPiece piece = pieces[blockIdx.x];
   const LowRankMatrix& t = matrices[piece.matrix];
   const int groups_of_vector = t.rank / kEach, vectors = min(piece.column, t.vectors() - piece.row);
   const int groups = vectors * groups_of_vector, thread = static_cast<int>(threadIdx.x);
   const std::int64_t first = static_cast<std::int64_t>(piece.row) * t.rank;
-  State* const moment = static_cast<State*>(t.moment) + first;
-  State* const square = static_cast<State*>(t.square) + first;
+  const StatePointer moment = access.from(t.moment, first), square = access.from(t.square, first);
   float* const projected = t.projected + first;
   const std::uint64_t key = rounding_seed(c.seed, scalars[static_cast<int>(Scalar::step)]);
-  Eight<State> stored_m[kGroups], stored_v[kGroups];
-  Float8 r[kGroups];
+  for (int turn = 0; turn < (kCoded ? groups : 1); turn += kMomentsGroups) {
+    Eight<State> stored_m[kGroups], stored_v[kGroups];
+    Float8 r[kGroups];
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    const int group = thread + i * kThreads;
-    if (group >= groups) break;
-    r[i] = load_state(projected + group * kEach);
-    stored_m[i].load(moment + group * kEach);
-    stored_v[i].load(square + group * kEach);
-  }
+    for (int i = 0; i < kGroups; ++i) {
+      int group = turn + thread + i * kThreads;
+      if (access.done(group * kEach, groups * kEach)) break;
+      if (kCoded && group >= groups) group = 0;  // beside others of its warp: reads something, writes nothing
+      r[i] = load_state(projected + group * kEach);
+      stored_m[i] = access.load(moment, group * kEach);
+      stored_v[i] = access.load(square, group * kEach);
+    }
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    const int group = thread + i * kThreads;
-    if (group >= groups) break;
-    std::uint32_t pairs[kEach];
-    Float8 m = stored_m[i].values(), v = stored_v[i].values();
-    sums[group] = advance(m, v, r[i], pairs, c);
-    store_state(moment + group * kEach, m, key, t.moment_stream, first / kEach + group);
-    store_state(square + group * kEach, v, key, t.square_stream, first / kEach + group);
-    if (!c.pairs) continue;
-    uint4* to = reinterpret_cast<uint4*>(projected + group * kEach);
-    to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    for (int i = 0; i < kGroups; ++i) {
+      const int group = turn + thread + i * kThreads;
+      if (access.done(group * kEach, groups * kEach)) break;
+      const bool inside = !kCoded || group < groups;
+      std::uint32_t pairs[kEach];
+      Float8 m = access.values(stored_m[i], StateValues::any), v = access.values(stored_v[i], StateValues::positive);
+      const float2 sum = advance(m, v, r[i], pairs, c);
+      access.store({moment.data, moment.scales, t.moment.stream}, group * kEach, m, StateValues::any, key, inside,
+                   first);
+      access.store({square.data, square.scales, t.square.stream}, group * kEach, v, StateValues::positive, key, inside,
+                   first);
+      if (!inside) break;
+      sums[group] = sum;
+      if (!c.pairs) continue;
+      uint4* to = reinterpret_cast<uint4*>(projected + group * kEach);
+      to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    }
   }
   if (!c.residual) return;
   __syncthreads();
@@ -94,23 +107,26 @@ __global__ void __launch_bounds__(kThreads, 3)
 /// One block a matrix of rank 1, and one phi for all vectors.
 template <typename State>
 __global__ void __launch_bounds__(1024)
-    one_moments_of(const LowRankMatrix* matrices, const double* scalars, Moments c) {
+    one_moments_of(const LowRankMatrix* matrices, const double* scalars, const CodeMaps* maps, Moments c) {
   __shared__ double scratch[32];
+  __shared__ float code_maps[StateAccess<State>::kSharedFloats];
   if (skipped(scalars)) return;
+  const StateAccess<State> access(maps, code_maps, 1024);
   const LowRankMatrix& t = matrices[blockIdx.x];
   const int vectors = t.vectors(), thread = static_cast<int>(threadIdx.x);
   const std::uint64_t key = rounding_seed(c.seed, scalars[static_cast<int>(Scalar::step)]);
   double direction2 = 0, projected2 = 0;
-  for (int group = thread; group < vectors / kEach; group += 1024) {
-    State* const moment = static_cast<State*>(t.moment) + group * kEach;
-    State* const square = static_cast<State*>(t.square) + group * kEach;
-    Float8 m = load_state(moment), v = load_state(square);
+  for (int group = thread; !access.done(group * kEach, vectors); group += 1024) {
+    const bool inside = group * kEach < vectors;
+    const int at = inside ? group * kEach : 0;  // 0: beside others of its warp
+    Float8 m = access.values(access.load(t.moment, at), StateValues::any);
+    Float8 v = access.values(access.load(t.square, at), StateValues::positive);
     std::uint32_t pairs[kEach];
-    const float2 sum = advance(m, v, load_state(t.projected + group * kEach), pairs, c);
-    direction2 += static_cast<double>(sum.x);
-    projected2 += static_cast<double>(sum.y);
-    store_state(moment, m, key, t.moment_stream, group);
-    store_state(square, v, key, t.square_stream, group);
+    const float2 sum = advance(m, v, load_state(t.projected + at), pairs, c);
+    direction2 += static_cast<double>(inside ? sum.x : 0.0f);
+    projected2 += static_cast<double>(inside ? sum.y : 0.0f);
+    access.store(t.moment, at, m, StateValues::any, key, inside);
+    access.store(t.square, at, v, StateValues::positive, key, inside);
   }
   direction2 = block_sum(direction2, scratch);
   projected2 = block_sum(projected2, scratch);
@@ -161,15 +177,27 @@ Moments constants(const LowRankStep& s) {
 }  // namespace
 
 void low_rank_moments(const LowRankTable& table) {
-  launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream},
-         table.half_states ? moments_of<bf16> : moments_of<float>, table.matrices, table.pieces, table.scalars,
-         constants(table.step));
+  // A piece of codes has at most 32 vectors where they are long: low_rank_moment_vectors.
+  const bool coded = table.states.moments == StatePrecision::int8;
+  const int groups = coded ? std::max(kMomentsGroups, 32 * table.rank / kEach) : kMomentsGroups;
+  if (coded) {
+    static const bool allowed [[maybe_unused]] = [] {
+      check_cuda(cudaFuncSetAttribute(moments_of<std::uint8_t>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      32 * kLargestRefreshRank / kEach * static_cast<int>(sizeof(float2))),
+                 "cudaFuncSetAttribute");
+      return true;
+    }();
+  }
+  launch({"low_rank_moments", static_cast<unsigned>(table.count), kThreads, table.stream,
+          static_cast<std::size_t>(groups) * sizeof(float2)},
+         of_states(table.states.moments, moments_of<float>, moments_of<bf16>, moments_of<std::uint8_t>), table.matrices,
+         table.pieces, table.scalars, table.states.maps, constants(table.step));
 }
 
 void low_rank_one_moments(const LowRankTable& table) {
   launch({"low_rank_one_moments", static_cast<unsigned>(table.count), 1024, table.stream},
-         table.half_states ? one_moments_of<bf16> : one_moments_of<float>, table.matrices, table.scalars,
-         constants(table.step));
+         of_states(table.states.moments, one_moments_of<float>, one_moments_of<bf16>, one_moments_of<std::uint8_t>),
+         table.matrices, table.scalars, table.states.maps, constants(table.step));
 }
 
 void low_rank_limit(const LowRankTable& table) {

@@ -15,7 +15,7 @@ void low_rank_one_project(const LowRankTable& table);
 constexpr int low_rank_one_vectors(bool right) { return right ? 32 : 64; }
 /// Moments, one phi for all vectors and each one's share of the step's square; one block a matrix, `count` is the
 /// number of matrices. Sums of a fixed order: f32 within eights, f64 across.
-/// floor  32 bytes for each of long elements, 24 with moments in bf16
+/// floor  32 bytes for each of long elements, 24 with moments in bf16, 20 in int8
 void low_rank_one_moments(const LowRankTable& table);
 
 }  // namespace kiln::cuda

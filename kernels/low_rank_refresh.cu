@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/launch.cuh"
 #include "kernels/low_rank_cholesky.cuh"
@@ -135,31 +136,62 @@ __device__ bool orthonormalise(RefreshScratch& s, int rows, int rank, bool last,
   }
 }
 
-/// The moments turn from t.q to the basis in s.basis, which takes its place. Ends with a barrier.
+/// The basis as it is stored, in f32 in t.q: this thread's part. Calls, since the products need all registers.
+template <typename State>
+__device__ __noinline__ void load_basis(const LowRankMatrix& t, const CodeMaps* maps) {
+  const StateAccess<State> access(maps);
+  const std::int64_t elements = static_cast<std::int64_t>(t.side()) * t.rank;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i * 8 < elements;
+       i += threads)
+    store_state(t.q + i * 8, access.values(access.load(t.projector, i * 8), StateValues::any), 0, 0, 0);
+}
+/// Stores this thread's part of a basis, and leaves in `basis` what later steps will see of it.
+template <typename State>
+__device__ __noinline__ void store_basis(const LowRankMatrix& t, float* basis, const CodeMaps* maps) {
+  const StateAccess<State> access(maps);
+  const std::int64_t elements = static_cast<std::int64_t>(t.side()) * t.rank;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; !access.done(i * 8, elements);
+       i += threads) {
+    const bool inside = i * 8 < elements;
+    const std::int64_t at = inside ? i * 8 : 0;  // 0: beside others of its warp
+    const Float8 seen = access.store_nearest(t.projector, at, load_state(basis + at), StateValues::any, inside);
+    if (inside) store_state(basis + at, seen, 0, 0, 0);
+  }
+}
+
+/// The moments turn from t.q to the basis in s.basis, which takes its place where t.q is what is stored. Ends with a
+/// barrier.
+template <typename State>
 __device__ void turn_moments(const LowRankMatrix& t, const RefreshScratch& s, double done, const LowRankStep& step,
-                             bool half, Grid& grid, bf16* shared) {
+                             const LowRankStates& states, Grid& grid, bf16* shared) {
   const int side = t.side(), rank = t.rank;
   float* turn = s.triangle;
   multiply<Contiguous::rows, true>(
       rank, rank, side, [&](int row) { return MatrixFetch<Contiguous::rows>(t.q, side, rank, row); },
       [&](int column) { return MatrixFetch<Contiguous::rows>(s.basis, side, rank, column); }, turn, s, grid, shared);
-  if (half)
-    rotate_moments<bf16>(t, turn, done, step, s.inner, t.projected, grid, shared);
-  else
-    rotate_moments<float>(t, turn, done, step, s.inner, t.projected, grid, shared);
+  rotate_moments<State>(t, turn, done, step, states.maps, s.inner, t.projected, grid, shared);
+  if (states.basis != StatePrecision::fp32) return grid.wait();
   const std::int64_t elements = static_cast<std::int64_t>(side) * rank;
   for (std::int64_t e = grid.thread() * 4; e < elements; e += grid.threads() * 4)
     *reinterpret_cast<float4*>(t.q + e) = *reinterpret_cast<const float4*>(s.basis + e);
   grid.wait();
 }
 
-/// `done` steps came before.
-template <typename G, bool kRotate>
+/// `done` steps came before. Moments of State turn with the basis; void: they stay.
+template <typename G, typename State>
 __device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, const RefreshPasses& options, double done,
-                            const LowRankStep& step, bool half_states, Grid& grid, unsigned char* shared) {
+                            const LowRankStep& step, const LowRankStates& states, Grid& grid, unsigned char* shared) {
   const int side = t.side(), vectors = t.vectors();
+  constexpr bool kRotate = !std::is_void_v<State>;
   bf16* operands = reinterpret_cast<bf16*>(shared);
   const bool cold = done == 0, rotate = kRotate && !cold;
+  const bool half = states.basis == StatePrecision::bf16, coded = states.basis == StatePrecision::int8;
+  if ((half || coded) && !cold) {
+    half ? load_basis<bf16>(t, states.maps) : load_basis<std::uint8_t>(t, states.maps);
+    grid.wait();
+  }
   if (cold) {
     const std::int64_t elements = static_cast<std::int64_t>(side) * t.rank;
     for (std::int64_t e = grid.thread(); e < elements; e += grid.threads())
@@ -169,7 +201,8 @@ __device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, const Refr
   }
   const float* q = t.q;
   const int passes = cold ? options.cold_passes : options.passes;
-  for (int pass = 0; pass < passes; ++pass) {
+  bool found = true;
+  for (int pass = 0; found && pass < passes; ++pass) {
     if (t.right) {
       multiply_gradient<G, Contiguous::depth>(t, vectors, side, q, s.inner, s, grid, operands);
       multiply_gradient<G, Contiguous::rows>(t, side, vectors, s.inner, s.outer, s, grid, operands);
@@ -178,24 +211,30 @@ __device__ void refresh_one(const LowRankMatrix& t, RefreshScratch s, const Refr
       multiply_gradient<G, Contiguous::depth>(t, side, vectors, s.inner, s.outer, s, grid, operands);
     }
     const bool last = pass + 1 == passes;
-    if (!orthonormalise(s, side, t.rank, last, last && !rotate ? t.q : s.basis, grid, shared)) return;
+    found = orthonormalise(s, side, t.rank, last, last && !rotate ? t.q : s.basis, grid, shared);
     q = s.basis;
   }
+  if (!found && !cold) return;
+  if (half || coded) {
+    float* basis = rotate ? s.basis : t.q;
+    half ? store_basis<bf16>(t, basis, states.maps) : store_basis<std::uint8_t>(t, basis, states.maps);
+    grid.wait();
+  }
   if constexpr (kRotate)
-    if (rotate) turn_moments(t, s, done, step, half_states, grid, operands);
+    if (rotate) turn_moments<State>(t, s, done, step, states, grid, operands);
 }
 
-template <typename G, bool kRotate>
+template <typename G, typename State>
 __global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
     refresh(const LowRankMatrix* matrices, int count, const double* scalars, RefreshScratch scratch,
-            RefreshPasses options, LowRankStep step, bool half_states) {
+            RefreshPasses options, LowRankStep step, LowRankStates states) {
   extern __shared__ __align__(128) unsigned char memory[];
   if (skipped(scalars)) return;
   const double done = scalars[static_cast<int>(Scalar::step)] - 1;
   Grid grid(scratch.barrier);
   for (int i = 0; i < count; ++i) {
     if (done != 0 && static_cast<std::int64_t>(done) % options.every != matrices[i].refresh_offset) continue;
-    refresh_one<G, kRotate>(matrices[i], scratch, options, done, step, half_states, grid, memory);
+    refresh_one<G, State>(matrices[i], scratch, options, done, step, states, grid, memory);
   }
 }
 
@@ -222,13 +261,13 @@ void visit_scratch(RefreshScratch& s, int vectors, int side, int rank, F&& visit
   visit(s.triangle, r * r * sizeof(float));
 }
 
-template <typename G, bool kRotate>
+template <typename G, typename State>
 void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
   static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
   static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::rows, true>::kSharedBytes);
   static_assert(kSharedBytes >= kCholeskyBytes);
   static const bool allowed [[maybe_unused]] = [] {
-    check_cuda(cudaFuncSetAttribute(refresh<G, kRotate>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+    check_cuda(cudaFuncSetAttribute(refresh<G, State>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "cudaFuncSetAttribute");
     return true;
   }();
@@ -243,8 +282,8 @@ void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, co
   config.stream = table.stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, refresh<G, kRotate>, table.matrices, table.count, table.scalars, scratch,
-                                options, table.step, table.half_states),
+  check_cuda(cudaLaunchKernelEx(&config, refresh<G, State>, table.matrices, table.count, table.scalars, scratch,
+                                options, table.step, table.states),
              "low_rank_refresh");
 }
 
@@ -271,8 +310,9 @@ RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank
 
 void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
   auto launch_for = [&]<typename G>() {
-    table.step.rotate ? launch_refresh<G, true>(table, scratch, options)
-                      : launch_refresh<G, false>(table, scratch, options);
+    if (!table.step.rotate) return launch_refresh<G, void>(table, scratch, options);
+    of_states(table.states.moments, launch_refresh<G, float>, launch_refresh<G, bf16>, launch_refresh<G, std::uint8_t>)(
+        table, scratch, options);
   };
   table.half_gradient ? launch_for.operator()<bf16>() : launch_for.operator()<float>();
 }

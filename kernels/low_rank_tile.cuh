@@ -74,13 +74,6 @@ __device__ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
-__device__ inline float4 load4(const bf16* p) {
-  const uint2 x = *reinterpret_cast<const uint2*>(p);
-  return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u), __uint_as_float(x.y << 16),
-                     __uint_as_float(x.y & 0xffff0000u));
-}
-
 /// A row-major matrix of f32 or bf16 as an operand: its columns are the operand's rows (kOrder rows), or its rows are,
 /// read along the depth.
 template <Contiguous kOrder, typename T = float>

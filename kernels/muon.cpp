@@ -65,6 +65,7 @@ class MuonKernel final : public Kernel {
   MuonKernel(const Nodes& nodes, Context& context) : layout_(nodes), gemms_(context.gemms), stream_(context.stream) {
     for (const std::size_t i : layout_.order) ops_.push_back(&nodes.op<MuonUpdate>(i));
     half_gradient_ = nodes.inputs()[1].dtype == DType::bf16;
+    code_maps_ = make_code_maps(context, ops_.front()->options().states == StatePrecision::int8);
     matrix_table_ = context.allocate(ops_.size() * sizeof(MuonMatrix), "table of Muon's updates");
     piece_table_ =
         context.allocate(static_cast<std::size_t>(layout_.pieces()) * sizeof(MuonPiece), "table of Muon's updates");
@@ -102,7 +103,8 @@ class MuonKernel final : public Kernel {
                     .pieces = reinterpret_cast<const MuonPiece*>(piece_table_.data()),
                     .count = layout_.pieces(),
                     .half_gradient = half_gradient_,
-                    .half_states = o.states == StatePrecision::bf16,
+                    .states = o.states,
+                    .maps = reinterpret_cast<const CodeMaps*>(code_maps_.data()),
                     .scalars = nodes.front().in[2].as<double>(),
                     .momentum = o.momentum,
                     .weight_decay = o.weight_decay,
@@ -128,9 +130,9 @@ class MuonKernel final : public Kernel {
     t.w = static_cast<std::uint16_t*>(a.w.data);
     t.low = static_cast<std::uint16_t*>(a.low.data);
     t.g = a.g.data;
-    t.momentum = a.states[0].data;
+    std::span<const Tensor> states = a.states;
+    t.momentum = take_state(states, parameter, "momentum");
     t.stream = stream_of(parameter.name.c_str());
-    t.momentum_stream = stream_of((parameter.name + ".momentum").c_str());
     t.n = a.w.numel();
     t.scale = op.scale();
     t.decay = parameter.decay;
@@ -205,14 +207,14 @@ class MuonKernel final : public Kernel {
   bool half_gradient_ = false;
   std::vector<const MuonUpdate*> ops_;  // in the layout's order
   std::byte *batch_memory_ = nullptr, *gemm_memory_ = nullptr;
-  Buffer matrix_table_, piece_table_;
+  Buffer matrix_table_, piece_table_, code_maps_;
 };
 
 std::unique_ptr<Kernel> make_muon(const Nodes& nodes, Context& context) {
   return std::make_unique<MuonKernel>(nodes, context);
 }
 
-void check_muon(const Nodes& nodes) { require_matrices(nodes, nodes.op<MuonUpdate>().options().states); }
+void check_muon(const Nodes& nodes) { require_matrices(nodes); }
 
 }  // namespace
 

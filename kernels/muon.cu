@@ -16,14 +16,16 @@ struct Momentum {
   std::uint64_t seed;
 };
 
-/// The piece's eights that are this thread's: visit(i, first element), i < kGroups.
-template <typename F>
+/// The piece's eights that are this thread's: visit(i, first element, inside), i < kGroups. Of codes a thread past the
+/// end goes along with its warp: it is not inside, and is given the first element.
+template <typename State, typename F>
 __device__ void each_group(const MuonMatrix& t, const MuonPiece& piece, F&& visit) {
   const std::int64_t first = static_cast<std::int64_t>(piece.index) * kMuonPiece + threadIdx.x * kEach;
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const std::int64_t at = first + i * (kThreads * kEach);
-    if (at < t.n) visit(i, at);
+    const bool inside = at < t.n;
+    if (!StateAccess<State>::done(at, t.n)) visit(i, inside ? at : 0, inside);
   }
 }
 
@@ -34,15 +36,16 @@ struct Loaded {
   Eight<State> stored[kGroups];
 
   __device__ Loaded(const MuonMatrix& t, const MuonPiece& piece) {
-    each_group(t, piece, [&](int i, std::int64_t at) {
+    const StatePointer momentum = t.momentum;
+    each_group<State>(t, piece, [&](int i, std::int64_t at, bool) {
       gradient[i].load(static_cast<const G*>(t.g) + at);
-      stored[i].load(static_cast<const State*>(t.momentum) + at);
+      stored[i] = StateAccess<State>::load(momentum, at);
     });
   }
   /// B of the next step in `b`; returns U.
-  __device__ Float8 next(int i, float clip, float mu, Float8& b) const {
+  __device__ Float8 next(int i, const StateAccess<State>& access, float clip, float mu, Float8& b) const {
     const Float8 g = gradient[i].values();
-    b = stored[i].values();
+    b = access.values(stored[i], StateValues::any);
     Float8 u;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
@@ -59,18 +62,21 @@ __device__ float clip_of(const double* scalars) {
 }
 
 template <typename G, typename State>
-__global__ void __launch_bounds__(kThreads)
-    squares_of(const MuonMatrix* matrices, const MuonPiece* pieces, const double* scalars, Momentum c) {
+__global__ void __launch_bounds__(kThreads, 4) squares_of(const MuonMatrix* matrices, const MuonPiece* pieces,
+                                                          const double* scalars, const CodeMaps* maps, Momentum c) {
   __shared__ double scratch[kThreads / 32];
+  __shared__ float code_maps[StateAccess<State>::kSharedFloats];
   if (skipped(scalars)) return;
+  const StateAccess<State> access(maps, code_maps, kThreads);
   const MuonPiece piece = pieces[blockIdx.x];
   const MuonMatrix& t = matrices[piece.matrix];
   const float clip = clip_of(scalars);
   const Loaded<G, State> loaded(t, piece);
   double mine = 0;
-  each_group(t, piece, [&](int i, std::int64_t) {
+  each_group<State>(t, piece, [&](int i, std::int64_t, bool inside) {
+    if (!inside) return;
     Float8 b;
-    const Float8 u = loaded.next(i, clip, c.mu, b);
+    const Float8 u = loaded.next(i, access, clip, c.mu, b);
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) sum += u.v[k] * u.v[k];
@@ -92,20 +98,22 @@ __global__ void __launch_bounds__(kThreads) finish_norm(const MuonMatrix* matric
 }
 
 template <typename G, typename State>
-__global__ void __launch_bounds__(kThreads)
-    momentum_of(const MuonMatrix* matrices, const MuonPiece* pieces, const double* scalars, Momentum c) {
+__global__ void __launch_bounds__(kThreads) momentum_of(const MuonMatrix* matrices, const MuonPiece* pieces,
+                                                        const double* scalars, const CodeMaps* maps, Momentum c) {
+  __shared__ float code_maps[StateAccess<State>::kSharedFloats];
   if (skipped(scalars)) return;
+  const StateAccess<State> access(maps, code_maps, kThreads);
   const MuonPiece piece = pieces[blockIdx.x];
   const MuonMatrix& t = matrices[piece.matrix];
   const float clip = clip_of(scalars), inverse = *t.inverse;
   const std::uint64_t key = rounding_seed(c.seed, scalars[static_cast<int>(Scalar::step)]);
   const Loaded<G, State> loaded(t, piece);
-  each_group(t, piece, [&](int i, std::int64_t at) {
-    Float8 b, u = loaded.next(i, clip, c.mu, b);
+  each_group<State>(t, piece, [&](int i, std::int64_t at, bool inside) {
+    Float8 b, u = loaded.next(i, access, clip, c.mu, b);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) u.v[k] *= inverse;
-    store_state(static_cast<State*>(t.momentum) + at, b, key, t.momentum_stream, at / kEach);
-    *reinterpret_cast<uint4*>(t.start + at) = pack(u).bits;
+    access.store(t.momentum, at, b, StateValues::any, key, inside);
+    if (inside) *reinterpret_cast<uint4*>(t.start + at) = pack(u).bits;
   });
 }
 
@@ -120,12 +128,12 @@ __global__ void __launch_bounds__(kThreads) apply_all(const MuonMatrix* matrices
   const std::uint64_t key = rounding_seed(seed, scalars[static_cast<int>(Scalar::step)]), stream = t.stream;
   std::uint16_t *const w = t.w, *const low = t.low;
   uint4 step[kGroups], high[kGroups], rest[kGroups];
-  each_group(t, piece, [&](int i, std::int64_t at) {
+  each_group<float>(t, piece, [&](int i, std::int64_t at, bool) {
     step[i] = *reinterpret_cast<const uint4*>(t.result + at);
     high[i] = *reinterpret_cast<const uint4*>(w + at);
     rest[i] = low == nullptr ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(low + at);
   });
-  each_group(t, piece, [&](int i, std::int64_t at) {
+  each_group<float>(t, piece, [&](int i, std::int64_t at, bool) {
     const Float8 x = unpack({step[i]});
     Master8 master(high[i], rest[i]);
 #pragma unroll
@@ -137,14 +145,15 @@ __global__ void __launch_bounds__(kThreads) apply_all(const MuonMatrix* matrices
 template <typename G, typename State>
 void launch_on_gradient(const MuonTable& t, bool norm) {
   launch({norm ? "muon_norm" : "muon_momentum", static_cast<unsigned>(t.count), kThreads, t.stream},
-         norm ? squares_of<G, State> : momentum_of<G, State>, t.matrices, t.pieces, t.scalars,
+         norm ? squares_of<G, State> : momentum_of<G, State>, t.matrices, t.pieces, t.scalars, t.maps,
          Momentum{static_cast<float>(t.momentum), t.seed});
 }
 void launch_on_gradient(const MuonTable& t, bool norm) {
-  if (t.half_gradient)
-    t.half_states ? launch_on_gradient<bf16, bf16>(t, norm) : launch_on_gradient<bf16, float>(t, norm);
-  else
-    t.half_states ? launch_on_gradient<float, bf16>(t, norm) : launch_on_gradient<float, float>(t, norm);
+  auto launch_for = [&]<typename G>() {
+    of_states(t.states, launch_on_gradient<G, float>, launch_on_gradient<G, bf16>, launch_on_gradient<G, std::uint8_t>)(
+        t, norm);
+  };
+  t.half_gradient ? launch_for.operator()<bf16>() : launch_for.operator()<float>();
 }
 
 }  // namespace

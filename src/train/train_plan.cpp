@@ -30,8 +30,7 @@ void check_padding(const TrainPlanOptions& options, const Optimizer& optimizer, 
   const std::string coded = padded_codes(options.model, optimizer, options.layout);
   check(coded.empty(),
         "{}: stored with sizes that are multiples of {} on this device, where its 8-bit states would have other "
-        "blocks; use "
-        "such sizes, optimizer.states: fp32 or bf16, or train on the CPU",
+        "blocks; use such sizes, optimizer.states and optimizer.projector_states of fp32 or bf16, or train on the CPU",
         coded, options.layout.multiple);
   const ParameterTable table = llama_parameters(options.model, DType::f32);
   for (std::size_t p = 0; p < table.parameters.size(); ++p) {
@@ -129,8 +128,11 @@ std::string padded_codes(const LlamaConfig& model, const Optimizer& optimizer, c
   const ParameterTable own = llama_parameters(model, DType::f32), stored = llama_parameters(model, layout);
   for (std::size_t p = 0; p < own.parameters.size(); ++p) {
     if (own.parameters[p].shape == stored.parameters[p].shape) continue;
-    for (const StateSpec& state : optimizer.states(stored.parameters[p]))
-      if (state.spec.dtype == DType::u8) return own.parameters[p].name;
+    const std::vector<StateSpec> of_own = optimizer.states(own.parameters[p]),
+                                 of_stored = optimizer.states(stored.parameters[p]);
+    for (std::size_t s = 0; s < of_own.size(); ++s)
+      if (of_own[s].spec.dtype == DType::u8 && of_own[s].spec.shape != of_stored[s].spec.shape)
+        return own.parameters[p].name;
   }
   return "";
 }

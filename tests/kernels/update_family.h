@@ -1,11 +1,12 @@
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "catch.h"
 #include "graph/parameter.h"
 #include "kernels/device_array.h"
 #include "kernels/device_case.h"
-#include "optim/optimizer.h"
+#include "optim/state_codec.h"
 
 /// Updates of several matrices by one member, on a GPU and on the CPU.
 namespace kiln::test {
@@ -25,6 +26,7 @@ struct Family {
   std::vector<DeviceArray> w, low, g;
   DeviceArray scalars;
   std::vector<std::vector<DeviceArray>> states;
+  std::vector<StateSpec> state_specs;  // of each matrix, but for their shapes
   std::unique_ptr<Executor> executor;
 
   Family(Backend& device, const OptimizerOptions& options, DType gradient, std::vector<Shape> of = kShapes,
@@ -54,7 +56,8 @@ struct Family {
       low.emplace_back(device, TensorSpec{shapes[i], DType::u16});
       std::vector<ValueId> inputs{external("w", w[i], Role::parameter), external("g", g[i], Role::gradient), step};
       states.emplace_back();
-      for (const StateSpec& state : optimizer->states(parameter)) {
+      state_specs = optimizer->states(parameter);
+      for (const StateSpec& state : state_specs) {
         states[i].emplace_back(device, state.spec);
         inputs.push_back(external(state.name, states[i].back(), Role::state));
       }
@@ -100,6 +103,17 @@ struct Family {
   }
 };
 
+/// The state of that name; of codes, their scales follow.
+inline std::size_t state_of(const Family& family, const std::string& name) {
+  for (std::size_t s = 0; s < family.state_specs.size(); ++s)
+    if (family.state_specs[s].name == name) return s;
+  throw Error(ExitCode::usage, "no state " + name);
+}
+/// The map of a state's codes.
+inline const StateMap& map_of(const Family& family, std::size_t s) {
+  return state_map(family.state_specs[s].name.ends_with("exp_avg_sq") ? StateValues::positive : StateValues::any);
+}
+
 /// The values of a state of f32 or bf16.
 inline std::vector<float> values_of(const DeviceArray& state) {
   if (state.view().dtype() == DType::f32) return state.get<float>();
@@ -118,6 +132,52 @@ inline std::vector<float> set_values(const DeviceArray& state, const std::vector
     state.set(halves);
   }
   return values_of(state);
+}
+
+/// The values of state `s` of matrix `i`, in any precision.
+inline std::vector<float> values_of(const Family& family, std::size_t i, std::size_t s) {
+  const DeviceArray& state = family.states[i][s];
+  if (state.view().dtype() != DType::u8) return values_of(state);
+  const std::vector<std::uint8_t> codes = state.get<std::uint8_t>();
+  const std::vector<float> scales = family.states[i][s + 1].get<float>();
+  std::vector<float> values;
+  for (std::size_t e = 0; e < codes.size(); ++e)
+    values.push_back(map_of(family, s).values[codes[e]] * scales[e / static_cast<std::size_t>(kStateBlock)]);
+  return values;
+}
+/// Sets it, rounded to what it holds; returns that.
+inline std::vector<float> set_values(const Family& family, std::size_t i, std::size_t s,
+                                     const std::vector<float>& values) {
+  const DeviceArray& state = family.states[i][s];
+  if (state.view().dtype() != DType::u8) return set_values(state, values);
+  constexpr auto kBlock = static_cast<std::size_t>(kStateBlock);
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scales;
+  for (std::size_t e = 0; e < values.size(); ++e) {
+    if (e % kBlock == 0) {
+      scales.push_back(0);
+      for (std::size_t other = e; other < std::min(e + kBlock, values.size()); ++other)
+        scales.back() = std::max(scales.back(), std::abs(values[other]));
+    }
+    codes.push_back(state_code(map_of(family, s), scales.back() > 0 ? values[e] / scales.back() : 0.0f));
+  }
+  state.set(codes);
+  family.states[i][s + 1].set(scales);
+  return values_of(family, i, s);
+}
+/// Share of a state's codes that differ, and by how many values at most.
+struct CodeDistance {
+  double share = 0;
+  int furthest = 0;
+};
+inline CodeDistance code_distance(const Family& one, const Family& other, std::size_t i, std::size_t s) {
+  const std::vector<std::uint8_t> a = one.states[i][s].get<std::uint8_t>(), b = other.states[i][s].get<std::uint8_t>();
+  CodeDistance distance;
+  for (std::size_t e = 0; e < a.size(); ++e) {
+    distance.share += a[e] != b[e] ? 1.0 / static_cast<double>(a.size()) : 0.0;
+    distance.furthest = std::max(distance.furthest, std::abs(a[e] - b[e]));
+  }
+  return distance;
 }
 
 /// A decaying spectrum with noise, so that there is a subspace to find and a residual.
@@ -165,7 +225,7 @@ inline void compare(const Family& device, const Family& host, const std::string&
     CHECK(relative_error({found.begin(), found.end()}, {expected.begin(), expected.end()}) <= limit);
     for (std::size_t s = first_state; s < device.states[i].size(); ++s) {
       INFO("state " << s);
-      const std::vector<float> a = values_of(device.states[i][s]), b = values_of(host.states[i][s]);
+      const std::vector<float> a = values_of(device, i, s), b = values_of(host, i, s);
       CHECK(relative_error({a.begin(), a.end()}, {b.begin(), b.end()}) <= state_limit);
     }
   }
