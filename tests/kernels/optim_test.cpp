@@ -6,6 +6,7 @@
 #include "kernels/cuda_backend.h"
 #include "kernels/device_array.h"
 #include "kernels/device_case.h"
+#include "kernels/update_family.h"
 #include "optim/adam.h"
 #include "optim/gradient_norm.h"
 
@@ -158,6 +159,16 @@ TEST_CASE("AdamW with 8-bit states on the GPU follows the CPU's", "[gpu]") {
   }
   const std::vector<float> masters = joined(device.w.get<bfloat16>(), device.low.get<std::uint16_t>());
   CHECK(relative_error(doubles(masters), doubles(host.w.get<float>())) <= 1e-3);
+}
+
+TEST_CASE("AdamW's 8-bit states on the GPU may end within a block", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  const OptimizerOptions o{.kind = OptimizerKind::adam8bit, .weight_decay = 0.1, .states = StatePrecision::int8};
+  const std::vector<Shape> shapes{{200, 136}, {8, 24}, {40, 56}};
+  Family device(*gpu, o, DType::f32, shapes), host(cpu_backend(), o, DType::f32, shapes);
+  start(device, host);
+  run_steps(device, host, 1, 5);
+  compare(device, host, "AdamW, states int8", 1e-2, 1e-2);
 }
 
 TEST_CASE("AdamW's states in bf16 on the GPU are rounded by the CPU's draws", "[gpu]") {
