@@ -61,9 +61,14 @@ __device__ float clip_of(const double* scalars) {
   return static_cast<float>(scalars[static_cast<int>(Scalar::clip_scale)]);
 }
 
+/// Blocks of squares_of on a multiprocessor, at least: f32 alone would take the registers of one of them.
 template <typename G, typename State>
-__global__ void __launch_bounds__(kThreads, 4) squares_of(const MuonMatrix* matrices, const MuonPiece* pieces,
-                                                          const double* scalars, const CodeMaps* maps, Momentum c) {
+constexpr int kSquaresBlocks = sizeof(G) + sizeof(State) == 8 ? 4 : 1;
+
+template <typename G, typename State>
+__global__ void __launch_bounds__(kThreads, kSquaresBlocks<G, State>)
+    squares_of(const MuonMatrix* matrices, const MuonPiece* pieces, const double* scalars, const CodeMaps* maps,
+               Momentum c) {
   __shared__ double scratch[kThreads / 32];
   __shared__ float code_maps[StateAccess<State>::kSharedFloats];
   if (skipped(scalars)) return;
