@@ -135,5 +135,8 @@ RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank
 /// matrices. A gradient that has no subspace of this rank leaves its basis. With LowRankStep::rotate the moments turn
 /// with a basis that was warm.
 void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options);
+/// The moments of matrix `index` turn from its basis to the one in scratch.basis, which takes its place; they hold
+/// `done` steps. One launch, by all multiprocessors.
+void low_rank_turn(const LowRankTable& table, const RefreshScratch& scratch, int index, double done);
 
 }  // namespace kiln::cuda

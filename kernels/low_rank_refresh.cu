@@ -199,6 +199,14 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
   }
 }
 
+__global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
+    turn(const LowRankMatrix* matrices, int index, RefreshScratch scratch, LowRankStep step, double done,
+         bool half_states) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  Grid grid(scratch.barrier);
+  turn_moments(matrices[index], scratch, done, step, half_states, grid, reinterpret_cast<bf16*>(memory));
+}
+
 std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// Calls visit(pointer of the scratch, bytes) for each of its arrays.
@@ -222,16 +230,10 @@ void visit_scratch(RefreshScratch& s, int vectors, int side, int rank, F&& visit
   visit(s.triangle, r * r * sizeof(float));
 }
 
-template <typename G, bool kRotate>
-void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
-  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
-  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::rows, true>::kSharedBytes);
-  static_assert(kSharedBytes >= kCholeskyBytes);
-  static const bool allowed [[maybe_unused]] = [] {
-    check_cuda(cudaFuncSetAttribute(refresh<G, kRotate>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "cudaFuncSetAttribute");
-    return true;
-  }();
+/// A kernel whose blocks all run at the same time, one on each multiprocessor.
+template <typename... Parameters, typename... Arguments>
+void launch_together(const char* name, void (*kernel)(Parameters...), const LowRankTable& table,
+                     const RefreshScratch& scratch, Arguments... arguments) {
   check_cuda(cudaMemsetAsync(scratch.barrier, 0, 256, table.stream), "cudaMemsetAsync");
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
@@ -243,9 +245,21 @@ void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, co
   config.stream = table.stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, refresh<G, kRotate>, table.matrices, table.count, table.scalars, scratch,
-                                options, table.step, table.half_states),
-             "low_rank_refresh");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+template <typename G, bool kRotate>
+void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
+  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
+  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::rows, true>::kSharedBytes);
+  static_assert(kSharedBytes >= kCholeskyBytes);
+  static const bool allowed [[maybe_unused]] = [] {
+    check_cuda(cudaFuncSetAttribute(refresh<G, kRotate>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+               "cudaFuncSetAttribute");
+    return true;
+  }();
+  launch_together("low_rank_refresh", refresh<G, kRotate>, table, scratch, table.matrices, table.count, table.scalars,
+                  scratch, options, table.step, table.half_states);
 }
 
 }  // namespace
@@ -275,6 +289,16 @@ void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, 
                       : launch_refresh<G, false>(table, scratch, options);
   };
   table.half_gradient ? launch_for.operator()<bf16>() : launch_for.operator()<float>();
+}
+
+void low_rank_turn(const LowRankTable& table, const RefreshScratch& scratch, int index, double done) {
+  static const bool allowed [[maybe_unused]] = [] {
+    check_cuda(cudaFuncSetAttribute(turn, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+               "cudaFuncSetAttribute");
+    return true;
+  }();
+  launch_together("low_rank_turn", turn, table, scratch, table.matrices, index, scratch, table.step, done,
+                  table.half_states);
 }
 
 }  // namespace kiln::cuda

@@ -83,6 +83,7 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
   struct Case {
     OptimizerKind kind;
     StatePrecision states;
+    ProjectorKind projector = ProjectorKind::power;
   };
   for (const Case& c : {Case{OptimizerKind::adamw, StatePrecision::bf16},
                         {OptimizerKind::adam8bit, StatePrecision::int8},
@@ -90,6 +91,8 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
                         {OptimizerKind::fira, StatePrecision::bf16},
                         {OptimizerKind::fira_plus, StatePrecision::fp32},
                         {OptimizerKind::fira_plus, StatePrecision::bf16},
+                        {OptimizerKind::galore, StatePrecision::fp32, ProjectorKind::svd},
+                        {OptimizerKind::fira_plus, StatePrecision::bf16, ProjectorKind::svd},
                         {OptimizerKind::apollo, StatePrecision::fp32},
                         {OptimizerKind::apollo_mini, StatePrecision::fp32},
                         {OptimizerKind::apollo_mini, StatePrecision::bf16},
@@ -98,7 +101,8 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
                         {OptimizerKind::lora, StatePrecision::fp32},
                         {OptimizerKind::relora, StatePrecision::bf16}})
     for (const std::int64_t micro : {3, 12}) {  // gradients in f32 and in bf16
-      INFO(to_string(c.kind) << ", states " << to_string(c.states) << ", micro-batch " << micro);
+      INFO(to_string(c.kind) << ", states " << to_string(c.states) << (c.projector == ProjectorKind::svd ? ", svd" : "")
+                             << ", micro-batch " << micro);
       const Scratch scratch;
       Config config = make_config(scratch, "fp32");
       config.model.ffn = 256;  // 8-bit states take no padding
@@ -106,6 +110,7 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
       config.batch.micro = micro;
       config.optimizer.kind = c.kind;
       config.optimizer.states = c.states;
+      config.optimizer.projector = c.projector;
       config.optimizer.rank = 16;
       config.optimizer.refresh = 3;
       check_resume(config, scratch);
