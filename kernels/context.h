@@ -8,6 +8,7 @@
 
 #include "graph/backend.h"
 #include "kernels/gemm_plans.h"
+#include "kernels/symmetric_eigen.h"
 
 namespace kiln::cuda {
 
@@ -17,6 +18,7 @@ struct Context {
   int multiprocessors = 0;
   GemmPlans* gemms = nullptr;
   std::function<Buffer(std::size_t bytes, std::string_view what)> allocate;  // Backend::allocate
+  std::function<SymmetricEigen&()> eigen;                                    // made at the first call
 };
 
 /// Fills memory of the device from the host; waits, so that `from` may go.
@@ -61,6 +63,8 @@ struct OpEntry {
   /// For a pair: whether the fused kernel takes these shapes and no other node needs what it leaves out.
   bool (*fuses)(const Nodes&) = nullptr;
   bool any_count = false;  // takes all neighbours of that name in one launch
+  /// Whether run() waits for the device: its plan can then not be captured. Null: never.
+  bool (*blocks_host)(const Nodes&) = nullptr;
 };
 
 /// Throws the shapes' usage Error unless `condition`: the door for what a kernel cannot do.

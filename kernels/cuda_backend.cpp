@@ -81,6 +81,15 @@ class Planning : public Backend {
     require(entry != nullptr || op.any_device(), "no kernel for {}; train on the CPU with run.device=cpu", op.name());
     if (entry != nullptr && entry->check != nullptr) entry->check({plan, group});
   }
+  bool blocks_host(const Plan& plan) const override {
+    for (std::size_t n = 0; n < plan.nodes().size();) {
+      NodeGroup group;
+      const OpEntry* entry = find_entry(plan, n, group);
+      if (entry != nullptr && entry->blocks_host != nullptr && entry->blocks_host({plan, group})) return true;
+      n += group.count;
+    }
+    return false;
+  }
   std::size_t staging_bytes() const override { return kSlots * kSlotBytes; }
 
   Buffer allocate(std::size_t, std::string_view) override { refuse(); }
@@ -93,7 +102,7 @@ class Planning : public Backend {
   void fill_bytes(const Tensor&, std::uint8_t) override { refuse(); }
   void synchronize() override { refuse(); }
   std::unique_ptr<Kernel> kernel(const Plan&, NodeGroup) override { refuse(); }
-  std::unique_ptr<Replay> replay() override { refuse(); }
+  std::unique_ptr<Replay> replay(const Plan&) override { refuse(); }
   std::size_t mark() override { refuse(); }
   double seconds_between(std::size_t, std::size_t) override { refuse(); }
   void forget_marks() override { refuse(); }
@@ -198,7 +207,11 @@ class CudaBackend final : public Planning {
     context_ = {.stream = stream_.get(),
                 .multiprocessors = properties.multiProcessorCount,
                 .gemms = gemms_.get(),
-                .allocate = [this](std::size_t bytes, std::string_view what) { return allocate(bytes, what); }};
+                .allocate = [this](std::size_t bytes, std::string_view what) { return allocate(bytes, what); },
+                .eigen = [this]() -> SymmetricEigen& {
+                  if (!eigen_) eigen_ = std::make_unique<SymmetricEigen>(stream_.get(), context_.allocate);
+                  return *eigen_;
+                }};
     for (Fetch& fetch : fetches_) fetch.done = make_event(cudaEventDisableTiming | cudaEventBlockingSync);
     for (Slot& slot : slots_)
       slot = {make_pinned(kSlotBytes), allocate(kSlotBytes, "upload staging"), make_event(cudaEventDisableTiming)};
@@ -289,7 +302,10 @@ class CudaBackend final : public Planning {
     const OpPtr op = plan.nodes()[group.first].op;
     return simple_kernel([op](const KernelArgs& args) { op->run_cpu(args); });
   }
-  std::unique_ptr<Replay> replay() override { return std::make_unique<GraphReplay>(stream_.get()); }
+  std::unique_ptr<Replay> replay(const Plan& plan) override {
+    if (blocks_host(plan)) return std::make_unique<DirectReplay>();
+    return std::make_unique<GraphReplay>(stream_.get());
+  }
 
   std::size_t mark() override {
     if (marked_ == marks_.size()) marks_.push_back(make_event(cudaEventDefault));
@@ -344,6 +360,7 @@ class CudaBackend final : public Planning {
   Stream stream_, copies_;
   Event arrived_;
   std::unique_ptr<GemmPlans> gemms_;
+  std::unique_ptr<SymmetricEigen> eigen_;
   std::filesystem::path cache_;
   bool warned_ = false;  // that there is no cache
   Context context_;

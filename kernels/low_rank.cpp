@@ -1,5 +1,8 @@
 #include "kernels/low_rank.h"
 
+#include <optional>
+
+#include "kernels/low_rank_exact.h"
 #include "kernels/low_rank_group.h"
 #include "optim/low_rank_adam.h"
 
@@ -17,10 +20,18 @@ LowRankGroup group_of(const Nodes& nodes) {
   return group;
 }
 
+/// An exact refresh reads the step on the host.
+bool refreshes_exactly(const Nodes& nodes) {
+  return nodes.op<LowRankAdamUpdate>().options().projector == ProjectorKind::svd;
+}
+
 /// Every matrix's own, and one refresh's.
 std::size_t workspace(const Nodes& nodes) {
   const LowRankGroup group = group_of(nodes);
   const LowRankGeometry largest = group.largest();
+  if (refreshes_exactly(nodes))
+    return group.workspace_bytes() +
+           ExactRefresh::workspace_bytes(largest, nodes.op<LowRankAdamUpdate>().options().rotate);
   return group.workspace_bytes() + refresh_scratch_bytes(largest.vectors(), largest.side(), largest.rank);
 }
 
@@ -42,11 +53,12 @@ LowRankStep step_of(const LowRankAdamUpdate::Options& o) {
           .seed = o.seed};
 }
 
-/// All neighbouring low-rank updates of a plan, in a handful of launches.
+/// All neighbouring low-rank updates of a plan, in a handful of launches; new bases of `svd` in some of their own.
 class LowRankKernel final : public Kernel {
  public:
   LowRankKernel(const Nodes& nodes, Context& context) : group_(group_of(nodes)) {
     for (std::size_t i = 0; i < nodes.group.count; ++i) ops_.push_back(&nodes.op<LowRankAdamUpdate>(i));
+    if (refreshes_exactly(nodes)) exact_.emplace(context);
     group_.prepare(
         nodes, context,
         {LowRankWork::basis, LowRankWork::project, LowRankWork::moments, LowRankWork::direction, LowRankWork::apply},
@@ -70,8 +82,11 @@ class LowRankKernel final : public Kernel {
       matrices.push_back(t);
     }
     const LowRankGeometry largest = group_.largest();
-    scratch_ = cut_refresh_scratch(memory, largest.vectors(), largest.side(), largest.rank);
     group_.upload(matrices);
+    if (exact_)
+      exact_->bind(memory, largest, ops_.front()->options().rotate, std::move(matrices));
+    else
+      scratch_ = cut_refresh_scratch(memory, largest.vectors(), largest.side(), largest.rank);
   }
 
   void run(std::span<const KernelArgs> nodes) override {
@@ -79,8 +94,11 @@ class LowRankKernel final : public Kernel {
     LowRankTable table = group_.table();
     table.scalars = nodes.front().in[2].as<double>();
     table.step = step_of(o);
-    low_rank_refresh(table, scratch_,
-                     {.passes = kPasses, .cold_passes = kColdPasses, .every = static_cast<int>(o.refresh)});
+    if (exact_)
+      exact_->run(table, o.refresh);
+    else
+      low_rank_refresh(table, scratch_,
+                       {.passes = kPasses, .cold_passes = kColdPasses, .every = static_cast<int>(o.refresh)});
     low_rank_basis(group_.with(LowRankWork::basis, table));
     low_rank_project(group_.with(LowRankWork::project, table));
     low_rank_moments(group_.with(LowRankWork::moments, table));
@@ -93,21 +111,22 @@ class LowRankKernel final : public Kernel {
   LowRankGroup group_;
   std::vector<const LowRankAdamUpdate*> ops_;
   RefreshScratch scratch_{};
+  std::optional<ExactRefresh> exact_;
 };
 
 std::unique_ptr<Kernel> make_low_rank(const Nodes& nodes, Context& context) {
   return std::make_unique<LowRankKernel>(nodes, context);
 }
 
-void check_low_rank(const Nodes& nodes) {
-  const LowRankAdamUpdate::Options& o = nodes.op<LowRankAdamUpdate>().options();
-  require_low_rank(nodes, o.rank);
-  require(o.projector == ProjectorKind::power, "optimizer.projector: svd runs on the CPU alone; use power");
-}
+void check_low_rank(const Nodes& nodes) { require_low_rank(nodes, nodes.op<LowRankAdamUpdate>().options().rank); }
 
 OpEntry entry(std::string_view name) {
-  return {
-      .name = name, .workspace_bytes = workspace, .make = make_low_rank, .check = check_low_rank, .any_count = true};
+  return {.name = name,
+          .workspace_bytes = workspace,
+          .make = make_low_rank,
+          .check = check_low_rank,
+          .any_count = true,
+          .blocks_host = refreshes_exactly};
 }
 
 }  // namespace

@@ -150,5 +150,12 @@ RefreshScratch cut_refresh_scratch(void* memory, int vectors, int side, int rank
 /// matrices. A gradient that has no subspace of this rank leaves its basis. With LowRankStep::rotate the moments turn
 /// with a basis that was warm.
 void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options);
+/// The basis of matrix `index` as it is stored, in f32 in LowRankMatrix::q; nothing where it is stored so.
+void low_rank_load_basis(const LowRankTable& table, int index);
+/// Stores `basis` [short, r] as that of matrix `index`, and leaves in it what later steps will see; nothing in f32.
+void low_rank_store_basis(const LowRankTable& table, int index, float* basis);
+/// The moments of matrix `index` turn from its basis to the one in scratch.basis, which takes its place; they hold
+/// `done` steps. One launch, by all multiprocessors.
+void low_rank_turn(const LowRankTable& table, const RefreshScratch& scratch, int index, double done);
 
 }  // namespace kiln::cuda

@@ -238,6 +238,26 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
   }
 }
 
+template <typename State>
+__global__ void __launch_bounds__(kTileThreads, kBlocksOfOne)
+    turn(const LowRankMatrix* matrices, int index, RefreshScratch scratch, LowRankStep step, double done,
+         LowRankStates states) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  Grid grid(scratch.barrier);
+  turn_moments<State>(matrices[index], scratch, done, step, states, grid, reinterpret_cast<bf16*>(memory));
+}
+
+template <typename State>
+__global__ void __launch_bounds__(kTileThreads)
+    load_basis_of(const LowRankMatrix* matrices, int index, const CodeMaps* maps) {
+  load_basis<State>(matrices[index], maps);
+}
+template <typename State>
+__global__ void __launch_bounds__(kTileThreads)
+    store_basis_of(const LowRankMatrix* matrices, int index, float* basis, const CodeMaps* maps) {
+  store_basis<State>(matrices[index], basis, maps);
+}
+
 std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// Calls visit(pointer of the scratch, bytes) for each of its arrays.
@@ -261,16 +281,10 @@ void visit_scratch(RefreshScratch& s, int vectors, int side, int rank, F&& visit
   visit(s.triangle, r * r * sizeof(float));
 }
 
-template <typename G, typename State>
-void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
-  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
-  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::rows, true>::kSharedBytes);
-  static_assert(kSharedBytes >= kCholeskyBytes);
-  static const bool allowed [[maybe_unused]] = [] {
-    check_cuda(cudaFuncSetAttribute(refresh<G, State>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "cudaFuncSetAttribute");
-    return true;
-  }();
+/// A kernel whose blocks all run at the same time, one on each multiprocessor.
+template <typename... Parameters, typename... Arguments>
+void launch_together(const char* name, void (*kernel)(Parameters...), const LowRankTable& table,
+                     const RefreshScratch& scratch, Arguments... arguments) {
   check_cuda(cudaMemsetAsync(scratch.barrier, 0, 256, table.stream), "cudaMemsetAsync");
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
@@ -282,9 +296,21 @@ void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, co
   config.stream = table.stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, refresh<G, State>, table.matrices, table.count, table.scalars, scratch,
-                                options, table.step, table.states),
-             "low_rank_refresh");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+template <typename G, typename State>
+void launch_refresh(const LowRankTable& table, const RefreshScratch& scratch, const RefreshPasses& options) {
+  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::depth, true>::kSharedBytes);
+  static_assert(kSharedBytes >= TileProduct<Contiguous::depth, Contiguous::rows, true>::kSharedBytes);
+  static_assert(kSharedBytes >= kCholeskyBytes);
+  static const bool allowed [[maybe_unused]] = [] {
+    check_cuda(cudaFuncSetAttribute(refresh<G, State>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+               "cudaFuncSetAttribute");
+    return true;
+  }();
+  launch_together("low_rank_refresh", refresh<G, State>, table, scratch, table.matrices, table.count, table.scalars,
+                  scratch, options, table.step, table.states);
 }
 
 }  // namespace
@@ -315,6 +341,34 @@ void low_rank_refresh(const LowRankTable& table, const RefreshScratch& scratch, 
         table, scratch, options);
   };
   table.half_gradient ? launch_for.operator()<bf16>() : launch_for.operator()<float>();
+}
+
+void low_rank_load_basis(const LowRankTable& table, int index) {
+  if (table.states.basis == StatePrecision::fp32) return;
+  launch({"low_rank_load_basis", static_cast<unsigned>(table.multiprocessors), kTileThreads, table.stream},
+         table.states.basis == StatePrecision::bf16 ? load_basis_of<bf16> : load_basis_of<std::uint8_t>, table.matrices,
+         index, table.states.maps);
+}
+
+void low_rank_store_basis(const LowRankTable& table, int index, float* basis) {
+  if (table.states.basis == StatePrecision::fp32) return;
+  launch({"low_rank_store_basis", static_cast<unsigned>(table.multiprocessors), kTileThreads, table.stream},
+         table.states.basis == StatePrecision::bf16 ? store_basis_of<bf16> : store_basis_of<std::uint8_t>,
+         table.matrices, index, basis, table.states.maps);
+}
+
+void low_rank_turn(const LowRankTable& table, const RefreshScratch& scratch, int index, double done) {
+  auto launch_for = [&]<typename State>() {
+    static const bool allowed [[maybe_unused]] = [] {
+      check_cuda(cudaFuncSetAttribute(turn<State>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+                 "cudaFuncSetAttribute");
+      return true;
+    }();
+    launch_together("low_rank_turn", turn<State>, table, scratch, table.matrices, index, scratch, table.step, done,
+                    table.states);
+  };
+  if (table.states.moments == StatePrecision::int8) return launch_for.operator()<std::uint8_t>();
+  table.states.moments == StatePrecision::bf16 ? launch_for.operator()<bf16>() : launch_for.operator()<float>();
 }
 
 }  // namespace kiln::cuda

@@ -31,6 +31,11 @@ class Replay {
   virtual ~Replay() = default;
   virtual void run(const std::function<void()>& body) = 0;
 };
+/// Runs it anew at every call.
+class DirectReplay final : public Replay {
+ public:
+  void run(const std::function<void()>& body) override { body(); }
+};
 
 /// A large copy of device memory to the host, which goes on while the device works. One at a time: start() only after
 /// wait(), and with one wait() for each.
@@ -87,7 +92,10 @@ class Backend {
   virtual void check_kernel(const Plan& plan, NodeGroup group) const = 0;
   /// A usage Error names the op when the device has no kernel for it, or none for its shapes.
   virtual std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) = 0;
-  virtual std::unique_ptr<Replay> replay() = 0;
+  /// Whether a kernel of the plan waits for the device, so that the plan can not be recorded; known without a device.
+  virtual bool blocks_host(const Plan& plan) const = 0;
+  /// Of work that runs `plan`: records it, unless that blocks the host.
+  virtual std::unique_ptr<Replay> replay(const Plan& plan) = 0;
 
   /// The device's stream as its own libraries know it; null on the CPU.
   virtual void* native_stream() const { return nullptr; }

@@ -17,11 +17,6 @@ class CpuKernel final : public Kernel {
   OpPtr op_;
 };
 
-class DirectReplay final : public Replay {
- public:
-  void run(const std::function<void()>& body) override { body(); }
-};
-
 class DirectCopy final : public HostCopy {
  public:
   explicit DirectCopy(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
@@ -80,7 +75,8 @@ class CpuBackend final : public Backend {
   std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) override {
     return std::make_unique<CpuKernel>(plan.nodes()[group.first].op);
   }
-  std::unique_ptr<Replay> replay() override { return std::make_unique<DirectReplay>(); }
+  bool blocks_host(const Plan&) const override { return false; }
+  std::unique_ptr<Replay> replay(const Plan&) override { return std::make_unique<DirectReplay>(); }
 
   std::size_t mark() override {
     marks_.push_back(std::chrono::steady_clock::now());

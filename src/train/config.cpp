@@ -212,7 +212,8 @@ const std::vector<Field>& fields() {
           "scale of the low-rank update; auto: 0.25 for galore and fira, 1 for apollo (enters by its root), 128 for "
           "apollo_mini, 32 for lora (over the rank)"),
       KILN_FIELD("optimizer.refresh", optimizer.refresh, "steps between two refreshes of the subspace"),
-      KILN_FIELD("optimizer.projector", optimizer.projector, "power | svd"),
+      KILN_FIELD("optimizer.projector", optimizer.projector,
+                 "power | svd (exact; on a GPU it waits for the device at every step, power never)"),
       KILN_FIELD("optimizer.variant", optimizer.variant, "fira: paper | reference (the authors' code)"),
       KILN_FIELD("optimizer.gamma", optimizer.gamma, "fira, apollo: largest growth of the norm in a step"),
       KILN_FIELD("optimizer.states", optimizer.states,

@@ -82,10 +82,6 @@ void check_supported(const Config& config) {
   if (config.precision.weights != WeightPrecision::fp32 && !gpu && config.run.device != Device::cuda)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
   const OptimizerOptions optimizer = optimizer_options(config);
-  const bool low_rank = optimizer.kind == OptimizerKind::galore || optimizer.kind == OptimizerKind::fira ||
-                        optimizer.kind == OptimizerKind::fira_plus;
-  if (gpu && low_rank && optimizer.projector == ProjectorKind::svd)
-    refuse("optimizer.projector: svd on a GPU", "power, or run.device: cpu");
   if (gpu && optimizer.projector_states != StatePrecision::fp32)
     refuse("optimizer.projector_states other than fp32 on a GPU", "fp32, or run.device: cpu");
   if (config.parallel.zero != 0) refuse("parallel.zero: 1", "parallel.zero: 0");

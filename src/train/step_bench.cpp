@@ -41,7 +41,7 @@ struct Bench {
         device_states(train, states, backend),
         inputs(backend, o.model, device_weights.layout(), o.batch.tokens() * o.micro_batches, o.batch.seq_len),
         executor(train.plan, o.micro_batches, backend),
-        replay(backend.replay()) {
+        replay(backend.replay(train.plan)) {
     const Philox random(1, stream_of("bench"));
     const auto count = static_cast<std::uint64_t>(inputs.tokens.view().numel());
     std::vector<std::int32_t> tokens, targets;

@@ -102,7 +102,7 @@ Trainer::Trainer(const Config& config, Communicator& communicator, TrainerOption
       inputs_(*backend_, model_, device_weights_.layout(), static_cast<std::int64_t>(tokens_.size()),
               config.data.seq_len),
       executor_(train_.plan, micro_batches(), *backend_),
-      replay_(backend_->replay()) {
+      replay_(backend_->replay(train_.plan)) {
   // Found out now, not at the first checkpoint.
   if (!config.data.tokenizer.empty() && !std::filesystem::is_regular_file(config.data.tokenizer))
     fail(ExitCode::data, "data.tokenizer: {}: no such file; make it with `kiln tokenize`, or leave the key out",

@@ -1,6 +1,7 @@
 // The low-rank members on the GPU against the CPU's f32, and the bases that the GPU finds.
 #include <Eigen/Dense>
 #include <cmath>
+#include <limits>
 
 #include "catch.h"
 #include "kernels/cuda_backend.h"
@@ -176,10 +177,12 @@ std::vector<double> entries(const Matrix& x) { return {x.data(), x.data() + x.si
 /// One step of Fira+ with a refresh of all matrices: what becomes of moments that held five steps, against
 /// optim/low_rank_adam.h in f64 with the bases that the GPU had and found.
 void check_rotation(Backend& gpu, StatePrecision states, DType gradients, double limit,
-                    StatePrecision projector = StatePrecision::fp32) {
+                    StatePrecision basis_states = StatePrecision::fp32,
+                    ProjectorKind projector = ProjectorKind::power) {
   OptimizerOptions options = options_of(OptimizerKind::fira_plus, 40);
+  options.projector = projector;
   options.states = states;
-  options.projector_states = projector;
+  options.projector_states = basis_states;
   options.refresh = 5;
   options.stagger = false;
   Family device(gpu, options, gradients);
@@ -201,7 +204,9 @@ void check_rotation(Backend& gpu, StatePrecision states, DType gradients, double
   }
   device.step(6);
   for (std::size_t i = 0; i < kShapes.size(); ++i) {
-    INFO(kShapes[i].str() << ", moments of " << to_string(states) << ", gradients of " << to_string(gradients));
+    INFO(kShapes[i].str() << ", moments of " << to_string(states) << ", basis of " << to_string(basis_states)
+                          << ", gradients of " << to_string(gradients)
+                          << (projector == ProjectorKind::svd ? ", svd" : ", power"));
     const Matrix found = as_matrix(values_of(device, i, 0), q[i].rows(), q[i].cols()), turn = q[i].transpose() * found;
     const Matrix r = clip * (kShapes[i][0] >= kShapes[i][1] ? Matrix(g[i] * found) : Matrix(g[i].transpose() * found));
     auto moment = [&](const Matrix& before) { return entries(options.beta1 * before + (1 - options.beta1) * r); };
@@ -230,6 +235,9 @@ TEST_CASE("moments on the GPU follow a new basis", "[gpu]") {
   check_rotation(*gpu, StatePrecision::fp32, DType::f32, 2e-3, StatePrecision::bf16);
   check_rotation(*gpu, StatePrecision::fp32, DType::f32, 2e-3, StatePrecision::int8);
   check_rotation(*gpu, StatePrecision::int8, DType::bf16, kCodes, StatePrecision::int8);
+  check_rotation(*gpu, StatePrecision::fp32, DType::bf16, 2e-3, StatePrecision::fp32, ProjectorKind::svd);
+  check_rotation(*gpu, StatePrecision::bf16, DType::f32, 8e-3, StatePrecision::fp32, ProjectorKind::svd);
+  check_rotation(*gpu, StatePrecision::int8, DType::f32, kCodes, StatePrecision::int8, ProjectorKind::svd);
 }
 
 TEST_CASE("APOLLO on the GPU follows the CPU's f32 through new projections", "[gpu]") {
@@ -335,6 +343,134 @@ TEST_CASE("a gradient without a subspace leaves a basis that is orthonormal", "[
   for (std::size_t i = 0; i < kShapes.size(); ++i) {
     const Matrix q = as_matrix(device.states[i][0].get<float>(), std::min(kShapes[i][0], kShapes[i][1]), 16);
     CHECK((q.transpose() * q - Matrix::Identity(16, 16)).cwiseAbs().maxCoeff() <= 1e-4);
+    for (const float x : device.weights(i)) REQUIRE(std::isfinite(x));
+  }
+}
+
+OptimizerOptions exact_options(OptimizerKind kind, std::int64_t rank) {
+  OptimizerOptions options = options_of(kind, rank);
+  options.projector = ProjectorKind::svd;
+  options.refresh = 4;
+  return options;
+}
+Matrix basis_of(const Family& family, std::size_t i) {
+  const Shape shape = family.states[i][0].view().shape();
+  return as_matrix(values_of(family.states[i][0]), shape[0], shape[1]);
+}
+
+/// Exact refreshes of one run against the CPU's: the same vectors with the same signs, so the same subspace and the
+/// energy that the singular values allow. Both are made in f64 and rounded to f32 at the end.
+void check_exact_bases(Backend& gpu, const OptimizerOptions& options, DType gradients) {
+  Family device(gpu, options, gradients), host(cpu_backend(), options, gradients);
+  start(device, host);
+  std::vector<Matrix> last(kShapes.size());
+  for (int step = 1; step <= 6; ++step) {
+    run_steps(device, host, step, step + 1);
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      INFO(to_string(options.kind) << " of rank " << options.rank << ", step " << step << ", " << kShapes[i].str()
+                                   << ", gradients of " << to_string(gradients));
+      const Matrix q = basis_of(device, i), expected = basis_of(host, i);
+      const std::int64_t offset =
+          options.stagger ? static_cast<std::int64_t>(i) * 4 / static_cast<std::int64_t>(kShapes.size()) : 0;
+      const bool due = step == 1 || (step - 1) % 4 == offset;
+      CHECK((step == 1 || q != last[i]) == due);
+      last[i] = q;
+      if (!due) continue;
+      const Matrix one = q.transpose() * q - Matrix::Identity(q.cols(), q.cols());
+      CHECK(one.cwiseAbs().maxCoeff() <= 1e-6);
+      const Matrix difference = q * q.transpose() - expected * expected.transpose();
+      CHECK(difference.norm() <= 1e-5 * std::sqrt(static_cast<double>(q.cols())));
+      CHECK(relative_error(entries(q), entries(expected)) <= 1e-4);  // neighbours may be as close as that
+      const Matrix g = as_matrix(values_of(host.g[i]), kShapes[i][0], kShapes[i][1]);
+      const Eigen::VectorXd singular = Eigen::JacobiSVD<Eigen::MatrixXd>(g).singularValues();
+      const double best = singular.head(q.cols()).squaredNorm() / singular.squaredNorm();
+      CHECK(energy(g, q, kShapes[i][0] >= kShapes[i][1]) >= (1 - 1e-5) * best);
+    }
+  }
+}
+
+TEST_CASE("exact bases on the GPU are the CPU's", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const DType gradients : {DType::f32, DType::bf16})
+    for (const std::int64_t rank : {8, 72, 128}) {
+      OptimizerOptions options = exact_options(OptimizerKind::galore, rank);
+      check_exact_bases(*gpu, options, gradients);
+      options.kind = OptimizerKind::fira_plus;  // whose new bases come through another place
+      options.stagger = false;
+      check_exact_bases(*gpu, options, gradients);
+    }
+}
+
+TEST_CASE("GaLore and Fira of exact bases on the GPU follow the CPU's f32 through refreshes", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const DType gradients : {DType::f32, DType::bf16})
+    for (const OptimizerKind kind : {OptimizerKind::galore, OptimizerKind::fira})
+      for (const bool stagger : {false, true}) {
+        OptimizerOptions options = exact_options(kind, 24);
+        options.stagger = stagger;
+        Family device(*gpu, options, gradients), host(cpu_backend(), options, gradients);
+        CHECK(device.executor->packing().groups.size() == 1);
+        start(device, host);
+        run_steps(device, host, 1, 11);  // the cold start, and refreshes at steps 5 and 9 or around them
+        // Operands are rounded to bf16 at each step, and the first steps divide by small averages.
+        compare(device, host, fmt::format("{} of svd", to_string(kind)), 2e-2, 2e-2);
+      }
+}
+
+TEST_CASE("a plan with exact refreshes runs eagerly, and repeats bit for bit", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  const OptimizerOptions options = exact_options(OptimizerKind::fira_plus, 24);
+  Family replayed(*gpu, options, DType::bf16), eager(*gpu, options, DType::bf16);
+  CHECK(gpu->blocks_host(replayed.plan));
+  CHECK_FALSE(gpu->blocks_host(Family(*gpu, options_of(OptimizerKind::fira_plus, 24), DType::bf16).plan));
+  start(replayed, eager);
+  const auto replay = gpu->replay(replayed.plan);
+  for (int step = 1; step <= 6; ++step) {
+    for (std::size_t i = 0; i < kShapes.size(); ++i)
+      for (Family* each : {&replayed, &eager}) each->set_gradient(i, gradient_of(kShapes[i], i, step));
+    replay->run([&] { replayed.step(step); });
+    eager.step(step);
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      INFO("step " << step << ", " << kShapes[i].str());
+      CHECK(replayed.weights(i) == eager.weights(i));
+      for (std::size_t s = 0; s < eager.states[i].size(); ++s)
+        CHECK(values_of(replayed.states[i][s]) == values_of(eager.states[i][s]));
+    }
+  }
+}
+
+TEST_CASE("a gradient that is not finite leaves an exact basis as it was", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const DType gradients : {DType::f32, DType::bf16})
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      Family device(*gpu, exact_options(OptimizerKind::fira, 16), gradients);
+      std::vector<std::vector<float>> before;
+      for (std::size_t i = 0; i < kShapes.size(); ++i) {
+        before.push_back(set_values(device.states[i][0], random_basis(device.states[i][0].view().shape(), i + 50)));
+        std::vector<float> g = gradient_of(kShapes[i], i, 1);
+        if (i == 1) g[static_cast<std::size_t>(kShapes[i].numel()) - 3] = bad;
+        device.set_gradient(i, g);
+        device.set_weights(i, normals(kShapes[i].numel(), i + 1, 0.02));
+      }
+      device.step(1, std::numeric_limits<double>::quiet_NaN());  // a step that is skipped refreshes nothing
+      for (std::size_t i = 0; i < kShapes.size(); ++i) CHECK(values_of(device.states[i][0]) == before[i]);
+      device.step(1);
+      for (std::size_t i = 0; i < kShapes.size(); ++i) {
+        INFO(kShapes[i].str() << ", " << bad);
+        CHECK((values_of(device.states[i][0]) == before[i]) == (i == 1));
+      }
+    }
+}
+
+TEST_CASE("exact bases of a gradient of lower rank are orthonormal", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  Family device(*gpu, exact_options(OptimizerKind::fira, 16), DType::f32);
+  for (std::size_t i = 0; i < kShapes.size(); ++i)  // rank 1, and nothing
+    device.g[i].set(std::vector<float>(static_cast<std::size_t>(kShapes[i].numel()), i == 0 ? 1.0f : 0.0f));
+  device.step(1);
+  for (std::size_t i = 0; i < kShapes.size(); ++i) {
+    const Matrix q = basis_of(device, i);
+    CHECK((q.transpose() * q - Matrix::Identity(16, 16)).cwiseAbs().maxCoeff() <= 1e-6);
     for (const float x : device.weights(i)) REQUIRE(std::isfinite(x));
   }
 }

@@ -60,7 +60,7 @@ struct ModelRun {
         device_states(train, states, device),
         inputs(device, o.model, device_weights.layout(), tokens_per_step(), o.batch.seq_len),
         executor(train.plan, o.micro_batches, device),
-        replay(device.replay()) {
+        replay(device.replay(train.plan)) {
     initialise(weights, o.seed);
     for (std::size_t s = 0; s < weights.table().storages.size(); ++s)
       for (float& w : weights.storage(s).span<float>()) w = to_float(to_bfloat16(w));

@@ -82,7 +82,8 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
           "[gpu]") {
   struct Case {
     OptimizerKind kind;
-    StatePrecision states, projector = StatePrecision::fp32;
+    StatePrecision states, basis = StatePrecision::fp32;
+    ProjectorKind projector = ProjectorKind::power;
   };
   for (const Case& c : {Case{OptimizerKind::adamw, StatePrecision::bf16},
                         {OptimizerKind::adam8bit, StatePrecision::int8},
@@ -94,6 +95,8 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
                         {OptimizerKind::fira, StatePrecision::int8, StatePrecision::int8},
                         {OptimizerKind::fira_plus, StatePrecision::int8, StatePrecision::int8},
                         {OptimizerKind::fira_plus, StatePrecision::fp32, StatePrecision::bf16},
+                        {OptimizerKind::galore, StatePrecision::fp32, StatePrecision::fp32, ProjectorKind::svd},
+                        {OptimizerKind::fira_plus, StatePrecision::bf16, StatePrecision::int8, ProjectorKind::svd},
                         {OptimizerKind::apollo, StatePrecision::fp32},
                         {OptimizerKind::apollo, StatePrecision::int8},
                         {OptimizerKind::apollo_mini, StatePrecision::fp32},
@@ -107,8 +110,8 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
                         {OptimizerKind::relora, StatePrecision::bf16},
                         {OptimizerKind::relora, StatePrecision::int8}})
     for (const std::int64_t micro : {3, 12}) {  // gradients in f32 and in bf16
-      INFO(to_string(c.kind) << ", states " << to_string(c.states) << ", basis " << to_string(c.projector)
-                             << ", micro-batch " << micro);
+      INFO(to_string(c.kind) << ", states " << to_string(c.states) << ", basis " << to_string(c.basis)
+                             << (c.projector == ProjectorKind::svd ? ", svd" : "") << ", micro-batch " << micro);
       const Scratch scratch;
       Config config = make_config(scratch, "fp32");
       config.model.ffn = 256;  // 8-bit states take no padding
@@ -116,7 +119,8 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
       config.batch.micro = micro;
       config.optimizer.kind = c.kind;
       config.optimizer.states = c.states;
-      config.optimizer.projector_states = c.projector;
+      config.optimizer.projector_states = c.basis;
+      config.optimizer.projector = c.projector;
       config.optimizer.rank = 16;
       config.optimizer.refresh = 3;
       check_resume(config, scratch);

@@ -303,6 +303,48 @@ TEST_CASE("A plan for a GPU needs none", "[memory_report]") {
   for (const OptimizerMemory& memory : odd.optimizers) CHECK_FALSE(has_rank(memory.kind));
   CHECK(report.optimizers.front().kind == OptimizerKind::adamw);
 }
+
+TEST_CASE("A plan says without a GPU whether its kernels wait for the device", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  const auto gpu = open_planning_device(Device::cuda);
+  Config config;
+  config.model.preset = "llama_60m";
+  config.run.dir = "unused";
+  config.optimizer.clip_norm = 0;  // as updates in backward want it
+  const auto plan = [&](OptimizerKind kind, ProjectorKind projector) {
+    config.optimizer.kind = kind;
+    config.optimizer.projector = projector;
+    return record_train_plan(plan_options(config, configured_memory(config, 1, *gpu), *gpu, 1), *communicator);
+  };
+  for (const OptimizerKind kind : {OptimizerKind::galore, OptimizerKind::fira, OptimizerKind::fira_plus})
+    for (const UpdatePlacement placement : {UpdatePlacement::after_backward, UpdatePlacement::in_backward}) {
+      INFO(to_string(kind) << ", placement " << static_cast<int>(placement));
+      config.memory.update = placement;
+      const TrainPlan exact = plan(kind, ProjectorKind::svd), power = plan(kind, ProjectorKind::power);
+      check_kernels(exact.plan, *gpu);
+      CHECK(gpu->blocks_host(exact.plan));
+      CHECK_FALSE(gpu->blocks_host(power.plan));
+      CHECK_FALSE(cpu_backend().blocks_host(exact.plan));
+    }
+  config.memory.update = UpdatePlacement::after_backward;
+  CHECK_FALSE(gpu->blocks_host(plan(OptimizerKind::adamw, ProjectorKind::svd).plan));
+  CHECK_FALSE(gpu->blocks_host(plan(OptimizerKind::apollo, ProjectorKind::svd).plan));
+  // The Gram matrix of the shortest side's largest, its eigenvectors in place and the solver's own, all in f64.
+  const auto workspace = [&](OptimizerKind kind, ProjectorKind projector) {
+    const TrainPlan train = plan(kind, projector);
+    std::size_t bytes = 0;
+    const Packing packing = pack(train.plan, 1, *gpu);
+    for (const NodeGroup group : packing.groups)
+      if (train.plan.nodes()[group.first].op->name().ends_with("_update"))
+        bytes = std::max(bytes, packing.workspace_bytes[group.first]);
+    return bytes;
+  };
+  const std::size_t short_side = 512, least = 3 * short_side * short_side * sizeof(double);
+  const std::size_t galore = workspace(OptimizerKind::galore, ProjectorKind::svd);
+  CHECK(galore > least);
+  CHECK(workspace(OptimizerKind::fira, ProjectorKind::svd) == galore);
+  CHECK(workspace(OptimizerKind::fira_plus, ProjectorKind::svd) > galore);  // and what turns the moments
+}
 #endif
 
 TEST_CASE("Tied weights are counted once", "[memory_report]") {
