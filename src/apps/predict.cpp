@@ -227,6 +227,9 @@ void run(const PredictArguments& arguments) {
                              ? nearest_step(list_checkpoints(arguments.run), config, wanted, anneal.end, "checkpoint")
                              : nearest_step(paths, config, wanted, anneal.end, "snapshot");
   anneal.begin = checkpoint_step(start).value();
+  if (const std::int64_t steps = anneal.end - wanted; 2 * anneal.steps() < steps || anneal.steps() > 2 * steps)
+    log_warning("--share {}: {} steps, but the nearest {} lies {} before the end", arguments.share, steps,
+                arguments.anneal_check ? "checkpoint" : "snapshot", anneal.steps());
 
   const std::vector<MergeInput> snapshots = open_inputs(paths, Hashes::all);
   const ModelWeights weights(model_config(config), DType::f32);
@@ -274,15 +277,25 @@ void add_predict_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(0.001, 0.9));
   command->add_option("--end", a->end, "Step of the snapshot at which the anneal ends; 0: the newest")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--shape", a->shape, "linear, cosine or 1-sqrt; otherwise schedule.decay_shape of the run");
   command->add_option("--final-ratio", a->final_ratio, "Last rate over the peak; otherwise schedule.final_ratio")
       ->check(CLI::Range(0.0, 1.0));
-  command->add_option("--counts", a->counts, "N of the sweep")->delimiter(',')->capture_default_str();
-  command->add_option("--strides", a->strides, "V of the sweep, in snapshots")->delimiter(',')->capture_default_str();
+  constexpr auto kMost = std::numeric_limits<std::int32_t>::max();
+  command->add_option("--counts", a->counts, "N of the sweep")
+      ->delimiter(',')
+      ->capture_default_str()
+      ->check(CLI::Range(2, kMost));
+  command->add_option("--strides", a->strides, "V of the sweep, in snapshots")
+      ->delimiter(',')
+      ->capture_default_str()
+      ->check(CLI::Range(1, kMost));
   command->add_option("--alpha", a->alpha, "Of the EMA")->capture_default_str();
   command->add_option("--data", a->data, "Held-out token shards; otherwise data.valid of the run");
-  command->add_option("--tokens", a->tokens, "Held-out tokens; 0: eval.tokens of the run")->capture_default_str();
+  command->add_option("--tokens", a->tokens, "Held-out tokens; 0: eval.tokens of the run")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command
       ->add_option(
           "--device", a->device,

@@ -198,6 +198,9 @@ MergeOptions resolve_merge(const MergeRequest& request) {
   const auto ordered = order_checkpoints(expand_checkpoints(paths), order_policy(options));
   options.keep_order = true;  // it is settled here, with at most one warning
   options.inputs = select_checkpoints(ordered, request.last, request.every);
+  check(request.last == 0 || options.inputs.size() == request.last,
+        "last: {} checkpoints are asked for, but {} of {} are there; give {} or fewer", request.last,
+        request.every > 1 ? fmt::format("every {}-th", request.every) : "all", ordered.size(), options.inputs.size());
   return options;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "base/error.h"
 #include "merge/memory_merge.h"
@@ -111,6 +112,21 @@ std::string definition(const WeightOptions& options) {
   return "";
 }
 
+/// How many snapshots, as far apart as the closest of the run, are missing between the first and the last of a window.
+std::int64_t missing_of(const PredictionRequest& request, const std::vector<std::size_t>& chosen) {
+  std::int64_t gap = std::numeric_limits<std::int64_t>::max();
+  for (std::size_t i = 1; i < request.snapshots.size(); ++i)
+    gap = std::min(gap, step_at(request, i) - step_at(request, i - 1));
+  if (gap <= 0) return 0;
+  const std::int64_t span = step_at(request, chosen.back()) - step_at(request, chosen.front());
+  return span / gap + 1 - static_cast<std::int64_t>(chosen.size());
+}
+
+std::string count_of(const PredictionRequest& request, const std::vector<std::size_t>& chosen) {
+  const std::int64_t missing = missing_of(request, chosen);
+  return fmt::format("{} snapshots{}", chosen.size(), missing > 0 ? fmt::format(" ({} missing)", missing) : "");
+}
+
 std::vector<Candidate> window_merges(const PredictionRequest& request, Merges& merges, const SequenceLosses& last) {
   const std::vector<std::size_t> chosen = window(request, request.anneal.begin, request.anneal.end);
   check(chosen.size() >= 2,
@@ -127,7 +143,7 @@ std::vector<Candidate> window_merges(const PredictionRequest& request, Merges& m
   std::vector<Candidate> candidates;
   for (const WeightOptions& options : all)
     candidates.push_back(evaluated(std::string(to_string(options.method)),
-                                   fmt::format("{} snapshots{}", chosen.size(), definition(options)),
+                                   count_of(request, chosen) + definition(options),
                                    merges.losses(chosen, merge_weights(options, chosen.size())), last));
   return candidates;
 }

@@ -1,5 +1,7 @@
 #include "merge/streaming_merge.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -151,13 +153,23 @@ std::vector<std::string> output_files(const ModelPlan& plan, const OptimizerFile
   return names;
 }
 
+std::uint64_t bytes_of(const OptimizerFiles& states) {
+  std::uint64_t total = 0;
+  for (const OptimizerFiles::File& file : states.files)
+    total += fs::file_size(file.source.empty() ? file.inputs.back()->path() : file.source);
+  return total;
+}
+
 /// What the writers would find out first.
 void check_space(const fs::path& output, std::uint64_t bytes) {
   fs::path home = fs::absolute(output).parent_path();
   while (!fs::exists(home)) home = home.parent_path();
-  if (const std::uint64_t free = fs::space(home).available; free < bytes)
+  const fs::space_info disk = fs::space(home);  // without capacity: no place for files, such as /proc
+  if (!fs::is_directory(home) || ::access(home.c_str(), W_OK) != 0 || disk.capacity == 0)
+    fail(ExitCode::data, "{}: cannot be created in {}; choose another --out", output.string(), home.string());
+  if (disk.available < bytes)
     fail(ExitCode::resource, "{}: {} bytes of tensors do not fit on the disk, which has {} free; free some space",
-         output.string(), bytes, free);
+         output.string(), bytes, disk.available);
 }
 
 Json method_json(const WeightOptions& options) {
@@ -201,6 +213,7 @@ void write_side_files(CheckpointWriter& writer, const std::vector<MergeInput>& i
   for (const std::string& name : copied_files(last)) writer.copy_file(last.directory / name, name);
   if (!last.state.is_null()) {
     Json state = last.state;
+    state.erase("rescued_from");  // of the input's own run
     state["merged_from"] = Json::array();
     for (const MergeInput& input : inputs) state["merged_from"].push_back(input.directory.string());
     state.update(options.state);
@@ -280,7 +293,7 @@ MergeReport merge_checkpoints(const MergeOptions& options) {
   report.files = output_files(plan, states, newest(inputs));
   report.open_seconds = watch.seconds();
   if (options.dry_run) {
-    check_space(output, report.bytes_written);
+    check_space(output, report.bytes_written + bytes_of(states));
     report.dry_run = true;
     report.seconds = watch.seconds();
     return report;

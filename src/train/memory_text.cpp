@@ -1,4 +1,5 @@
 #include "base/text.h"
+#include "train/member_results.h"
 #include "train/memory_report.h"
 
 // How a memory report reads: JSON with exact bytes, and tables for people.
@@ -160,6 +161,39 @@ void preset_rows(Table& table, const MemoryReport& report) {
   }
 }
 
+/// Of what a budget leaves: all members where there is none.
+std::vector<OptimizerKind> trainable(const MemoryReport& report) {
+  std::vector<OptimizerKind> kinds;
+  for (const OptimizerMemory& memory : report.optimizers)
+    if (!report.budget || memory.choice) kinds.push_back(memory.kind);
+  return kinds;
+}
+
+void result_rows(Table& table, const MemoryReport& report) {
+  const std::vector<OptimizerKind> kinds = trainable(report);
+  table.line(
+      fmt::format("\nvalidation perplexity of the members that {}, best first (a row compares within itself alone)",
+                  report.budget ? "fit" : "run there"));
+  for (const MemberTable& results : nearest_results(report.model.parameter_count())) {
+    std::string row;
+    for (const MemberResult& result : ranked(results, kinds))
+      row += fmt::format("{}{} {:.2f}", row.empty() ? "" : ", ", to_string(result.kind), result.perplexity);
+    table.line(fmt::format("  {} ({}): {}", results.model, results.source, row.empty() ? "none" : row));
+  }
+}
+
+Json results_json(const MemoryReport& report) {
+  const std::vector<OptimizerKind> kinds = trainable(report);
+  Json json = Json::array();
+  for (const MemberTable& results : nearest_results(report.model.parameter_count())) {
+    Json ranking = Json::array();
+    for (const MemberResult& result : ranked(results, kinds))
+      ranking.push_back({{"optimizer", to_string(result.kind)}, {"perplexity", result.perplexity}});
+    json.push_back({{"model", results.model}, {"source", results.source}, {"ranking", ranking}});
+  }
+  return json;
+}
+
 }  // namespace
 
 Json to_json(const MemoryReport& report) {
@@ -178,7 +212,8 @@ Json to_json(const MemoryReport& report) {
             {"averages_host_bytes", report.averages_host},
             {"optimizers", Json::array()},
             {"refused", Json::array()},
-            {"presets", Json::array()}};
+            {"presets", Json::array()},
+            {"results", results_json(report)}};
   for (const MemoryReport::Refused& refused : report.refused)
     json["refused"].push_back({{"optimizer", to_string(refused.kind)}, {"reason", refused.reason}});
   for (const OptimizerMemory& memory : report.optimizers) {
@@ -229,6 +264,7 @@ std::string memory_tables(const MemoryReport& report) {
   micro_rows(table, report);
   recompute_rows(table, report);
   preset_rows(table, report);
+  result_rows(table, report);
   return table.text();
 }
 

@@ -128,6 +128,11 @@ TEST_CASE("predict evaluates where it is told, and a held-out set of one sequenc
   const Outcome device = at("KILN predict DIR/run --device gpu");
   CHECK(device.code == 2);
   CHECK_THAT(device.text, ContainsSubstring("device 'gpu', expected auto, cpu or cuda"));
+  for (const char* wrong : {"--tokens -5", "--counts 1", "--strides 0", "--end -1"}) {
+    const Outcome refused = at(std::string("KILN predict DIR/run ") + wrong);
+    CHECK(refused.code == 2);
+    CHECK_THAT(refused.text, ContainsSubstring(std::string(wrong).substr(0, 5)));
+  }
 }
 
 TEST_CASE("predict names what a run lacks") {

@@ -28,7 +28,7 @@ struct Inputs {
       write_safetensors(writer.directory() / "model.safetensors", model);
       write_safetensors(writer.directory() / "optimizer-00000-of-00001.safetensors", {{"x", {DType::f32, {1}, {0.5}}}});
       writer.write_json("config.json", test_config());
-      writer.write_json("state.json", {{"step", step}, {"tokens", step * 1000}});
+      writer.write_json("state.json", {{"step", step}, {"tokens", step * 1000}, {"rescued_from", {{"number", 1}}}});
       writer.write_json("tokenizer_config.json", Json::object());
       writer.commit();
     }
@@ -52,6 +52,7 @@ TEST_CASE("a dry run tells weights, decay and every file of the merge, and write
   CHECK_FALSE(real.dry_run);
   check_only(in.options.output, dry.files);
   CHECK(dry.files == real.files);
+  CHECK_FALSE(read_json(in.options.output / "state.json").contains("rescued_from"));  // the input's run was, not this
   CHECK(dry.output == real.output);
   CHECK(dry.bytes_read == real.bytes_read);
   CHECK(dry.bytes_written == real.bytes_written);
@@ -89,6 +90,13 @@ TEST_CASE("a dry run refuses what a merge refuses") {
     fs::create_directories(in.options.output);
     write_text_atomic(in.options.output / "notes", "mine");
     refused("no earlier merge");
+  }
+  SECTION("a place that cannot be written") {
+    in.options.output = "/proc/nowhere/merged";
+    refused("cannot be created");
+    write_text_atomic(in.temp / "file", "mine");
+    in.options.output = in.temp / "file/merged";
+    refused("cannot be created in");
   }
   SECTION("optimizer states that are not there") {
     in.options.inputs = {in.temp / "checkpoint-1"};

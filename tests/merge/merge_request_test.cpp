@@ -83,6 +83,9 @@ TEST_CASE("a run's directory becomes its whole checkpoints, every K-th and the l
   CHECK(steps_of(resolve_merge(request).inputs) == std::vector<std::int64_t>{2, 5, 8});
   request.last = 2;
   CHECK(steps_of(resolve_merge(request).inputs) == std::vector<std::int64_t>{5, 8});
+  request.last = 4;
+  CHECK_THROWS_WITH(resolve_merge(request),
+                    ContainsSubstring("last: 4 checkpoints are asked for, but every 3-th of 8"));
   request.every = 0;
   CHECK_THROWS_AS(resolve_merge(request), Error);
 }

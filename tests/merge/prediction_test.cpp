@@ -192,6 +192,19 @@ TEST_CASE("predictors are what they say: the last snapshot, weighted merges of t
   CHECK(prediction.trail.front().loss > prediction.loss);
 }
 
+TEST_CASE("a window that lacks snapshots is matched to its real steps, and says so") {
+  Toy toy;
+  CHECK_THAT(named(predict(toy.request()), "schedule").note, !ContainsSubstring("missing"));
+  toy.snapshots.erase(toy.snapshots.begin() + 15);
+  const Prediction prediction = predict(toy.request());
+  CHECK(named(prediction, "schedule").note == "10 snapshots (1 missing)");
+  // A linear decay over ten intervals, of which the updates of two are recorded together: the mean of their factors.
+  double decayed = shift_at(10);
+  for (int i = 11; i <= 20; ++i)
+    if (i != 15) decayed += (i == 16 ? 0.495 : (20 - i + 0.45) / 10) * (shift_at(i) - shift_at(i == 16 ? 14 : i - 1));
+  CHECK(*named(prediction, "schedule").loss == Approx(loss_of(decayed)).margin(1e-6));
+}
+
 TEST_CASE("a check fills signed errors, and what it found is trusted later") {
   const Toy toy;
   PredictionRequest request = toy.request();
