@@ -8,6 +8,7 @@
 
 #include "graph/backend.h"
 #include "kernels/gemm_plans.h"
+#include "kernels/row_order.h"
 
 namespace kiln::cuda {
 
@@ -17,6 +18,13 @@ struct Context {
   int multiprocessors = 0;
   GemmPlans* gemms = nullptr;
   std::function<Buffer(std::size_t bytes, std::string_view what)> allocate;  // Backend::allocate
+  /// Of the kernel made last; a plan's kernels are made in the order in which they run.
+  RowOrder last_order = RowOrder::ascending;
+
+  /// The order for a kernel that can choose: it begins with the rows where the one before ended.
+  RowOrder turn() { return last_order = opposite(last_order); }
+  /// For a kernel that cannot, as those of cuBLASLt.
+  void ascend() { last_order = RowOrder::ascending; }
 };
 
 /// Fills memory of the device from the host; waits, so that `from` may go.

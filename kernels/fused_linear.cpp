@@ -33,7 +33,8 @@ bool fuses_rope(const Nodes& nodes) {
 
 class RopeKernel final : public Kernel {
  public:
-  RopeKernel(const AttentionShape& shape, cudaStream_t stream) : shape_(shape), stream_(stream) {}
+  RopeKernel(const AttentionShape& shape, Context& context)
+      : shape_(shape), order_(context.turn()), stream_(context.stream) {}
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& linear = nodes[0];
     gemm_rope({.x = static_cast<const bf16*>(linear.in[0].data),
@@ -45,17 +46,19 @@ class RopeKernel final : public Kernel {
                .c = narrow(linear.in[0].shape()[1]),
                .head_size = narrow(shape_.head_dim),
                .rotated_heads = narrow(shape_.heads + shape_.kv_heads),
-               .tokens = narrow(shape_.seq_len)},
+               .tokens = narrow(shape_.seq_len),
+               .order = order_},
               stream_);
   }
 
  private:
   AttentionShape shape_;
+  RowOrder order_;
   cudaStream_t stream_;
 };
 
 std::unique_ptr<Kernel> make_rope(const Nodes& nodes, Context& context) {
-  return std::make_unique<RopeKernel>(nodes.op<Rope>(1).shape(), context.stream);
+  return std::make_unique<RopeKernel>(nodes.op<Rope>(1).shape(), context);
 }
 
 bool fuses_swiglu(const Nodes& nodes) {
@@ -66,7 +69,7 @@ bool fuses_swiglu(const Nodes& nodes) {
 
 class SwigluKernel final : public Kernel {
  public:
-  explicit SwigluKernel(cudaStream_t stream) : stream_(stream) {}
+  explicit SwigluKernel(Context& context) : order_(context.turn()), stream_(context.stream) {}
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& linear = nodes[0];
     gemm_swiglu({.x = static_cast<const bf16*>(linear.in[0].data),
@@ -75,17 +78,17 @@ class SwigluKernel final : public Kernel {
                  .a = static_cast<bf16*>(nodes[1].out[0].data),
                  .m = narrow(linear.in[0].shape()[0]),
                  .c = narrow(linear.in[0].shape()[1]),
-                 .f = narrow(linear.in[1].shape()[0] / 2)},
+                 .f = narrow(linear.in[1].shape()[0] / 2),
+                 .order = order_},
                 stream_);
   }
 
  private:
+  RowOrder order_;
   cudaStream_t stream_;
 };
 
-std::unique_ptr<Kernel> make_swiglu(const Nodes&, Context& context) {
-  return std::make_unique<SwigluKernel>(context.stream);
-}
+std::unique_ptr<Kernel> make_swiglu(const Nodes&, Context& context) { return std::make_unique<SwigluKernel>(context); }
 
 /// linear_dx of the down projection, whose result nothing but swiglu_dx reads: it is never stored.
 bool fuses_swiglu_gradient(const Nodes& nodes) {
@@ -96,7 +99,7 @@ bool fuses_swiglu_gradient(const Nodes& nodes) {
 
 class SwigluGradientKernel final : public Kernel {
  public:
-  explicit SwigluGradientKernel(cudaStream_t stream) : stream_(stream) {}
+  explicit SwigluGradientKernel(Context& context) : order_(context.turn()), stream_(context.stream) {}
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& linear = nodes[0];
     gemm_swiglu_backward({.dy = static_cast<const bf16*>(linear.in[0].data),
@@ -105,16 +108,18 @@ class SwigluGradientKernel final : public Kernel {
                           .dgate_up = static_cast<bf16*>(nodes[1].out[0].data),
                           .m = narrow(linear.in[0].shape()[0]),
                           .c = narrow(linear.in[0].shape()[1]),
-                          .f = narrow(linear.in[1].shape()[1])},
+                          .f = narrow(linear.in[1].shape()[1]),
+                          .order = order_},
                          stream_);
   }
 
  private:
+  RowOrder order_;
   cudaStream_t stream_;
 };
 
 std::unique_ptr<Kernel> make_swiglu_gradient(const Nodes&, Context& context) {
-  return std::make_unique<SwigluGradientKernel>(context.stream);
+  return std::make_unique<SwigluGradientKernel>(context);
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ void run(const GemmSwiglu& args, cudaStream_t stream) {
   p.epilogue.gate = matrix_map(args.gate_up, m, f, 2 * f, 16);
   p.epilogue.up = matrix_map(args.gate_up + f, m, f, 2 * f, 16);
   p.epilogue.a = matrix_map(args.a, m, f, f, 16);
-  launch<C>(p, m, (f + C::kN / 2 - 1) / (C::kN / 2) * C::kN, c, stream);
+  launch<C>(p, m, (f + C::kN / 2 - 1) / (C::kN / 2) * C::kN, c, args.order, stream);
 }
 
 }  // namespace
