@@ -97,6 +97,7 @@ OpEntry swiglu_entry();
 OpEntry swiglu_gradient_entry();
 OpEntry linear_rope_entry();
 OpEntry linear_swiglu_entry();
+OpEntry linear_add_norm_entry();
 OpEntry linear_swiglu_gradient_entry();
 OpEntry classifier_entry();
 OpEntry classifier_with_gradient_entry();

@@ -1,8 +1,9 @@
-#include "ops/rms_norm.h"
+#include "kernels/rms_norm.h"
 
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
 #include "kernels/vector.cuh"
+#include "ops/rms_norm.h"
 
 namespace kiln::cuda {
 namespace {
@@ -15,19 +16,9 @@ constexpr std::int64_t kParts = 528;  // partial sums of dw; fixed, so that the 
 /// Vectors of eight that one lane holds of a row in the forward pass; warps that share a row in the backward pass.
 int vectors_of(std::int64_t width) { return static_cast<int>((width + 255) / 256); }
 
-struct ForwardArgs {
-  const bf16 *x, *w, *delta;
-  bf16 *y, *sum;
-  float* rstd;
-  std::int64_t rows;
-  int width;
-  float eps;
-  RowOrder order;
-};
-
 /// A warp a row, kept in registers between the sum of squares and the scaling: every element is read once.
 template <int kVectors, bool kResidual>
-__global__ void __launch_bounds__(kWarps * 32) forward(ForwardArgs a) {
+__global__ void __launch_bounds__(kWarps * 32) forward(NormForward a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t row = ordered_block(a.order) * kWarps + threadIdx.x / 32;
   if (row >= a.rows) return;
@@ -197,31 +188,23 @@ void with_vectors(std::int64_t width, F&& f) {
   }
 }
 
-void check_width(const Nodes& nodes) {
-  const std::int64_t width = nodes.inputs()[0].shape[1];
-  require(nodes.inputs()[0].dtype == DType::bf16 && width % 8 == 0 && vectors_of(width) <= kMaxVectors,
-          "rms_norm: x {} {}, expected bf16 and a width that is a multiple of 8, at most {}",
-          to_string(nodes.inputs()[0].dtype), nodes.inputs()[0].shape.str(), 256 * kMaxVectors);
-}
+void check_width(const Nodes& nodes) { check_norm_width(nodes.inputs()[0]); }
 
 std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
   const RmsNorm::Options options = nodes.op<RmsNorm>().options();
   return simple_kernel([options, order = context.turn(), stream = context.stream](const KernelArgs& args) {
-    const std::int64_t rows = args.in[0].shape()[0], width = args.in[0].shape()[1];
-    const ForwardArgs a{.x = static_cast<const bf16*>(args.in[0].data),
-                        .w = static_cast<const bf16*>(args.in[1].data),
-                        .delta = options.residual ? static_cast<const bf16*>(args.in[2].data) : nullptr,
-                        .y = static_cast<bf16*>(args.out[0].data),
-                        .sum = options.residual ? static_cast<bf16*>(args.out[2].data) : nullptr,
-                        .rstd = args.out[1].as<float>(),
-                        .rows = rows,
-                        .width = static_cast<int>(width),
-                        .eps = static_cast<float>(options.eps),
-                        .order = order};
-    const Launch how{"rms_norm", blocks_for(rows, kWarps), kWarps * 32, stream};
-    with_vectors(width, [&](auto vectors) {
-      launch(how, options.residual ? forward<vectors(), true> : forward<vectors(), false>, a);
-    });
+    const Tensor& x = args.in[0];
+    norm_forward({.x = static_cast<const bf16*>(x.data),
+                  .w = static_cast<const bf16*>(args.in[1].data),
+                  .delta = options.residual ? static_cast<const bf16*>(args.in[2].data) : nullptr,
+                  .y = static_cast<bf16*>(args.out[0].data),
+                  .sum = options.residual ? static_cast<bf16*>(args.out[2].data) : nullptr,
+                  .rstd = args.out[1].as<float>(),
+                  .rows = x.shape()[0],
+                  .width = static_cast<int>(x.shape()[1]),
+                  .eps = static_cast<float>(options.eps),
+                  .order = order},
+                 stream);
   });
 }
 
@@ -267,6 +250,20 @@ std::unique_ptr<Kernel> make_backward(const Nodes&, Context& context) {
 }
 
 }  // namespace
+
+void check_norm_width(const TensorSpec& x) {
+  const std::int64_t width = x.shape[1];
+  require(x.dtype == DType::bf16 && width % 8 == 0 && vectors_of(width) <= kMaxVectors,
+          "rms_norm: x {} {}, expected bf16 and a width that is a multiple of 8, at most {}", to_string(x.dtype),
+          x.shape.str(), 256 * kMaxVectors);
+}
+
+void norm_forward(const NormForward& args, cudaStream_t stream) {
+  const Launch how{"rms_norm", blocks_for(args.rows, kWarps), kWarps * 32, stream};
+  with_vectors(args.width, [&](auto vectors) {
+    launch(how, args.delta != nullptr ? forward<vectors(), true> : forward<vectors(), false>, args);
+  });
+}
 
 OpEntry rms_norm_entry() { return {.name = "rms_norm", .make = make_forward, .check = check_width}; }
 OpEntry add_rms_norm_entry() { return {.name = "add_rms_norm", .make = make_forward, .check = check_width}; }
