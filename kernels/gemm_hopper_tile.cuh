@@ -102,11 +102,12 @@ struct Staging {
     __syncwarp();
     return shared_address(ring + slot * kBytes);
   }
+  template <Reuse kReuse = Reuse::soon>
   __device__ void store(const CUtensorMap& map, int column, int row) {
     fence_async_proxy();
     __syncwarp();
     if (group.lane() == 0) {
-      tensor_store(&map, ring + slot * kBytes, column, row + group.warp() * 16, 0);
+      tensor_store<kReuse>(&map, ring + slot * kBytes, column, row + group.warp() * 16, 0);
       store_commit();
     }
     slot = slot + 1 == kCount ? 0 : slot + 1;
