@@ -21,11 +21,12 @@ void check_supported(const Nodes& nodes) {
 
 std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
   const AttentionShape shape = nodes.op<Attention>().shape();
-  return simple_kernel([shape, stream = context.stream](const KernelArgs& args) {
+  return simple_kernel([shape, order = context.turn(), stream = context.stream](const KernelArgs& args) {
     attention_forward(shape, args.in[0].shape()[0],
                       {.qkv = static_cast<const bf16*>(args.in[0].data),
                        .o = static_cast<bf16*>(args.out[0].data),
-                       .lse = args.out[1].as<float>()},
+                       .lse = args.out[1].as<float>(),
+                       .order = order},
                       stream);
   });
 }
@@ -37,7 +38,10 @@ std::size_t gradient_workspace(const Nodes& nodes) {
 /// The gradient alone, or with the inverse rotation of the node after it.
 class GradientKernel final : public Kernel {
  public:
-  GradientKernel(const AttentionShape& shape, cudaStream_t stream) : shape_(shape), stream_(stream) {}
+  GradientKernel(const AttentionShape& shape, Context& context)
+      : shape_(shape), order_(context.turn()), stream_(context.stream) {
+    if (!attention_gradient_fuses(shape)) context.turn();  // two kernels, there and back
+  }
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& args = nodes.front();
     attention_backward(shape_, args.in[0].shape()[0],
@@ -47,18 +51,20 @@ class GradientKernel final : public Kernel {
                         .dout = static_cast<const bf16*>(args.in[3].data),
                         .rope = nodes.size() > 1 ? nodes[1].in[1].as<float>() : nullptr,
                         .dqkv = static_cast<bf16*>(args.out[0].data),
-                        .workspace = args.workspace.data},
+                        .workspace = args.workspace.data,
+                        .order = order_},
                        stream_);
   }
 
  private:
   AttentionShape shape_;
+  RowOrder order_;
   cudaStream_t stream_;
 };
 
 std::unique_ptr<Kernel> make_gradient(const Nodes& nodes, Context& context) {
   const AttentionShape shape = nodes.op<AttentionGradient>().shape();
-  return std::make_unique<GradientKernel>(shape, context.stream);
+  return std::make_unique<GradientKernel>(shape, context);
 }
 
 /// rope_dx rotates what attention_dx wrote; positions of training begin at 0 (Rope's `first` is not read).

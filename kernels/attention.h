@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/row_order.h"
 #include "ops/attention_shape.h"
 
 namespace kiln::cuda {
@@ -20,6 +21,7 @@ struct AttentionForward {
   const __nv_bfloat16* qkv = nullptr;
   __nv_bfloat16* o = nullptr;
   float* lse = nullptr;
+  RowOrder order = RowOrder::ascending;  // of the sequences
 };
 
 /// in     qkv, o, lse as above    dout [N,HD] bf16
@@ -35,11 +37,15 @@ struct AttentionBackward {
   const __nv_bfloat16* dout = nullptr;
   const float* rope = nullptr;
   __nv_bfloat16* dqkv = nullptr;
-  void* workspace = nullptr;  // attention_backward_workspace_bytes, aligned to 256 bytes
+  void* workspace = nullptr;             // attention_backward_workspace_bytes, aligned to 256 bytes
+  RowOrder order = RowOrder::ascending;  // of the sequences; two kernels take them in turn, there and back
 };
 
 /// Whether these kernels take the shape: D is 32, 64 or 128, and H is a multiple of Hkv.
 bool attention_supported(const AttentionShape& shape);
+
+/// Whether one kernel can compute dq, dk and dv: sequences of up to 256, heads of 32 or 64, as many key heads as heads.
+bool attention_gradient_fuses(const AttentionShape& shape);
 
 /// Two f32 per row and query head, rows of a sequence padded to 64; nothing where one kernel does it all.
 std::size_t attention_backward_workspace_bytes(const AttentionShape& shape, std::int64_t rows);

@@ -154,8 +154,6 @@ void attention_query_gradient(const AttentionShape& shape, std::int64_t rows, co
 void attention_key_gradient(const AttentionShape& shape, std::int64_t rows, const AttentionBackward& args,
                             cudaStream_t stream);
 
-/// Whether one kernel can compute dq, dk and dv: sequences of up to 256, heads of 32 or 64, as many key heads as heads.
-bool attention_gradient_fuses(const AttentionShape& shape);
 void attention_fused_gradient(const AttentionShape& shape, std::int64_t rows, const AttentionBackward& args,
                               cudaStream_t stream);
 

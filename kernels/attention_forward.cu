@@ -276,7 +276,7 @@ template <typename C>
 void launch_forward(const AttentionShape& shape, std::int64_t rows, const AttentionForward& args, cudaStream_t stream) {
   const CUtensorMap qkv = head_tensor_map(args.qkv, shape, rows, shape.columns());
   const CUtensorMap out = head_tensor_map(args.o, shape, rows, shape.heads * shape.head_dim);
-  const Schedule schedule = make_schedule(shape, rows, C::kWarpgroups * kRows, true);
+  const Schedule schedule = make_schedule(shape, rows, C::kWarpgroups * kRows, true, args.order);
   const float scale = kLog2e / std::sqrt(static_cast<float>(shape.head_dim));
   launch_persistent<typename C::Shared>("attention", forward_kernel<C>, schedule.items, C::Role::kThreads, stream, qkv,
                                         out, args.lse, schedule, scale);

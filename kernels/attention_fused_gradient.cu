@@ -52,7 +52,9 @@ struct Problem {
   const float *lse, *rope;
   int tokens, heads, blocks, pairs;  // blocks of 64 rows in a sequence
   float scale;                       // 1 / sqrt(D)
+  RowOrder order;
 
+  __device__ int pair(int n) const { return order == RowOrder::ascending ? n : pairs - 1 - n; }
   __device__ int key_column(int head, int head_dim) const { return (heads + head) * head_dim; }
   __device__ int value_column(int head, int head_dim) const { return (2 * heads + head) * head_dim; }
 };
@@ -70,8 +72,9 @@ template <typename C>
 __device__ void load_queries(typename C::Shared& shared, const Problem& problem) {
   RingIndex<C::kQueryStages> ring;
   RingIndex<C::kOutputStages> output;
-  for (int pair = static_cast<int>(blockIdx.x); pair < problem.pairs; pair += static_cast<int>(gridDim.x)) {
-    const int sequence = pair / problem.heads, column = (pair - sequence * problem.heads) * C::kD;
+  for (int n = static_cast<int>(blockIdx.x); n < problem.pairs; n += static_cast<int>(gridDim.x)) {
+    const int pair = problem.pair(n), sequence = pair / problem.heads,
+              column = (pair - sequence * problem.heads) * C::kD;
     for (int i = 0; i < problem.blocks; ++i, ring.advance(), output.advance()) {
       std::uint64_t* full = &shared.query_full[ring.stage];
       barrier_wait(&shared.query_empty[ring.stage], ring.parity ^ 1);
@@ -89,8 +92,8 @@ __device__ void load_queries(typename C::Shared& shared, const Problem& problem)
 template <typename C>
 __device__ void load_keys(typename C::Shared& shared, const Problem& problem) {
   RingIndex<C::kKeyStages> ring;
-  for (int pair = static_cast<int>(blockIdx.x); pair < problem.pairs; pair += static_cast<int>(gridDim.x)) {
-    const int sequence = pair / problem.heads, head = pair - sequence * problem.heads;
+  for (int n = static_cast<int>(blockIdx.x); n < problem.pairs; n += static_cast<int>(gridDim.x)) {
+    const int pair = problem.pair(n), sequence = pair / problem.heads, head = pair - sequence * problem.heads;
     for (int j = 0; j < problem.blocks; ++j, ring.advance()) {
       std::uint64_t* full = &shared.key_full[ring.stage];
       barrier_wait(&shared.key_empty[ring.stage], ring.parity ^ 1);
@@ -122,8 +125,8 @@ __device__ void compute_statistics(typename C::Shared& shared, const Problem& pr
   constexpr int kLanes = C::kD / 8, kRowsAtOnce = 64 / kLanes;  // a row is kLanes loads of 16 bytes
   RingIndex<C::kQueryStages> ring;
   RingIndex<C::kOutputStages> output;
-  for (int pair = static_cast<int>(blockIdx.x); pair < problem.pairs; pair += static_cast<int>(gridDim.x)) {
-    const int sequence = pair / problem.heads, head = pair - sequence * problem.heads;
+  for (int n = static_cast<int>(blockIdx.x); n < problem.pairs; n += static_cast<int>(gridDim.x)) {
+    const int pair = problem.pair(n), sequence = pair / problem.heads, head = pair - sequence * problem.heads;
     for (int i = 0; i < problem.blocks; ++i, ring.advance(), output.advance()) {
       const int row = i * kRows + thread;
       const std::int64_t at = (static_cast<std::int64_t>(sequence) * problem.tokens + row) * problem.heads + head;
@@ -237,8 +240,8 @@ struct FusedKeys {
   }
 
   __device__ void run() {
-    for (int pair = static_cast<int>(blockIdx.x); pair < problem.pairs; pair += static_cast<int>(gridDim.x)) {
-      const int sequence = pair / problem.heads, head = pair - sequence * problem.heads;
+    for (int n = static_cast<int>(blockIdx.x); n < problem.pairs; n += static_cast<int>(gridDim.x)) {
+      const int pair = problem.pair(n), sequence = pair / problem.heads, head = pair - sequence * problem.heads;
       for (int i = 0; i < min(warpgroup, problem.blocks); ++i) {  // queries that none of its keys sees
         const RingIndex<C::kQueryStages> query = ahead(queries, i);
         barrier_wait(&shared.query_full[query.stage], query.parity);
@@ -341,8 +344,8 @@ struct FusedQueries {
   }
 
   __device__ void run() {
-    for (int pair = static_cast<int>(blockIdx.x); pair < problem.pairs; pair += static_cast<int>(gridDim.x)) {
-      const int sequence = pair / problem.heads, head = pair - sequence * problem.heads;
+    for (int n = static_cast<int>(blockIdx.x); n < problem.pairs; n += static_cast<int>(gridDim.x)) {
+      const int pair = problem.pair(n), sequence = pair / problem.heads, head = pair - sequence * problem.heads;
       products(sequence, head, std::make_integer_sequence<int, kProducts>{});
       keys = ahead(keys, problem.blocks);
     }
@@ -388,7 +391,8 @@ void launch_fused_gradient(const AttentionShape& shape, std::int64_t rows, const
                         .heads = narrow(shape.heads),
                         .blocks = narrow(padded_tokens(shape) / kRows),
                         .pairs = narrow(rows / shape.seq_len * shape.heads),
-                        .scale = score_scale(shape)};
+                        .scale = score_scale(shape),
+                        .order = args.order};
   launch_persistent<typename C::Shared>("attention_dx", fused_gradient_kernel<C>, problem.pairs, C::kThreads, stream,
                                         problem);
 }

@@ -197,7 +197,7 @@ __global__ __launch_bounds__(C::Role::kThreads, 1) void key_gradient_kernel(cons
 template <typename C>
 void launch_key_gradient(const AttentionShape& shape, std::int64_t rows, const AttentionBackward& args,
                          cudaStream_t stream) {
-  const Schedule schedule = make_schedule(shape, rows, C::kWarpgroups * kRows, false);
+  const Schedule schedule = make_schedule(shape, rows, C::kWarpgroups * kRows, false, opposite(args.order));
   launch_persistent<typename C::Shared>("attention_dx: dk, dv", key_gradient_kernel<C>, schedule.items,
                                         C::Role::kThreads, stream, gradient_maps(shape, rows, args), args.rope,
                                         row_statistics(shape, rows, args.workspace), schedule, score_scale(shape));

@@ -237,7 +237,7 @@ __global__ __launch_bounds__(C::Role::kThreads, 1) void query_gradient_kernel(co
 template <typename C>
 void launch_query_gradient(const AttentionShape& shape, std::int64_t rows, const AttentionBackward& args,
                            cudaStream_t stream) {
-  const Schedule schedule = make_schedule(shape, rows, C::kWarpgroups * kRows, true);
+  const Schedule schedule = make_schedule(shape, rows, C::kWarpgroups * kRows, true, args.order);
   launch_persistent<typename C::Shared>("attention_dx: dq", query_gradient_kernel<C>, schedule.items, C::Role::kThreads,
                                         stream, gradient_maps(shape, rows, args), args.lse, args.rope,
                                         row_statistics(shape, rows, args.workspace), schedule, score_scale(shape));

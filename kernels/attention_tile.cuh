@@ -40,7 +40,8 @@ struct Schedule {
   int tokens, heads, kv_heads, group;  // T, H, Hkv, H / Hkv
   int tiles, pairs, section, items;
   FastDivide by_section, by_width, by_last_width, by_heads, by_group;  // width: pairs of a section, fewer in the last
-  bool last_first;  // the last tile has most work (rows are queries), else the first (rows are keys)
+  bool last_first;    // the last tile has most work (rows are queries), else the first (rows are keys)
+  int last_sequence;  // where sequences are taken in descending order; else -1
 };
 
 struct WorkItem {
@@ -48,7 +49,8 @@ struct WorkItem {
 };
 
 /// Items of `tile_rows` rows: of queries per query head, or of keys per key head.
-inline Schedule make_schedule(const AttentionShape& shape, std::int64_t rows, int tile_rows, bool by_query) {
+inline Schedule make_schedule(const AttentionShape& shape, std::int64_t rows, int tile_rows, bool by_query,
+                              RowOrder order) {
   const auto narrow = [](std::int64_t value) { return static_cast<int>(value); };
   Schedule s{};
   s.tokens = narrow(shape.seq_len), s.heads = narrow(shape.heads), s.kv_heads = narrow(shape.kv_heads);
@@ -65,6 +67,7 @@ inline Schedule make_schedule(const AttentionShape& shape, std::int64_t rows, in
   s.by_heads = FastDivide(by_query ? s.heads : s.kv_heads);
   s.by_group = FastDivide(s.group);
   s.last_first = by_query;
+  s.last_sequence = order == RowOrder::descending ? narrow(rows / shape.seq_len) - 1 : -1;
   return s;
 }
 
@@ -74,7 +77,8 @@ __device__ inline WorkItem work_item(const Schedule& s, int item) {
   const int rank = whole ? s.by_width(rest) : s.by_last_width(rest);
   const int width = whole ? s.by_width.divisor : s.by_last_width.divisor;
   const int pair = section * s.section + rest - rank * width, sequence = s.by_heads(pair);
-  return {sequence, pair - sequence * s.by_heads.divisor, s.last_first ? s.tiles - 1 - rank : rank};
+  return {s.last_sequence < 0 ? sequence : s.last_sequence - sequence, pair - sequence * s.by_heads.divisor,
+          s.last_first ? s.tiles - 1 - rank : rank};
 }
 
 /// Item of round n of this block; every second round runs backwards over the blocks so that their work evens out.

@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kThreads)
 class ClassifierKernel final : public Kernel {
  public:
   ClassifierKernel(const Nodes& nodes, Context& context)
-      : context_(context), options_(nodes.op<Classifier>().options()), scratch_(scratch_of(nodes.inputs())) {}
+      : context_(context), options_(nodes.op<Classifier>().options()), scratch_(scratch_of(nodes.inputs())) {
+    context.ascend();
+  }
 
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& args = nodes.front();
@@ -165,7 +167,8 @@ class ClassifierKernel final : public Kernel {
                      .m = static_cast<int>(rows),
                      .c = width,
                      .v = vocab,
-                     .v_true = true_vocab},
+                     .v_true = true_vocab,
+                     .order = RowOrder::descending},  // the GEMMs behind it ascend
                     context_.stream);
     launch({"classifier rows", blocks_for(rows, kWarps), kWarps * 32, context_.stream}, finish_rows,
            FinishArgs{partial, shift, target_logits, targets, args.in[3].as<double>(), args.out[0].as<float>() + first,

@@ -8,6 +8,7 @@
 
 #include "graph/backend.h"
 #include "kernels/gemm_plans.h"
+#include "kernels/row_order.h"
 #include "kernels/symmetric_eigen.h"
 
 namespace kiln::cuda {
@@ -19,6 +20,13 @@ struct Context {
   GemmPlans* gemms = nullptr;
   std::function<Buffer(std::size_t bytes, std::string_view what)> allocate;  // Backend::allocate
   std::function<SymmetricEigen&()> eigen;                                    // made at the first call
+  /// Of the kernel made last; a plan's kernels are made in the order in which they run.
+  RowOrder last_order = RowOrder::ascending;
+
+  /// The order for a kernel that can choose: it begins with the rows where the one before ended.
+  RowOrder turn() { return last_order = opposite(last_order); }
+  /// For a kernel that cannot, as those of cuBLASLt.
+  void ascend() { last_order = RowOrder::ascending; }
 };
 
 /// Fills memory of the device from the host; waits, so that `from` may go.
@@ -93,6 +101,7 @@ OpEntry swiglu_entry();
 OpEntry swiglu_gradient_entry();
 OpEntry linear_rope_entry();
 OpEntry linear_swiglu_entry();
+OpEntry linear_add_norm_entry();
 OpEntry linear_swiglu_gradient_entry();
 OpEntry classifier_entry();
 OpEntry classifier_with_gradient_entry();

@@ -1,6 +1,8 @@
 #include "kernels/context.h"
 #include "kernels/gemm_hopper.h"
+#include "kernels/rms_norm.h"
 #include "ops/linear.h"
+#include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
 
@@ -33,7 +35,8 @@ bool fuses_rope(const Nodes& nodes) {
 
 class RopeKernel final : public Kernel {
  public:
-  RopeKernel(const AttentionShape& shape, cudaStream_t stream) : shape_(shape), stream_(stream) {}
+  RopeKernel(const AttentionShape& shape, Context& context)
+      : shape_(shape), order_(context.turn()), stream_(context.stream) {}
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& linear = nodes[0];
     gemm_rope({.x = static_cast<const bf16*>(linear.in[0].data),
@@ -45,17 +48,19 @@ class RopeKernel final : public Kernel {
                .c = narrow(linear.in[0].shape()[1]),
                .head_size = narrow(shape_.head_dim),
                .rotated_heads = narrow(shape_.heads + shape_.kv_heads),
-               .tokens = narrow(shape_.seq_len)},
+               .tokens = narrow(shape_.seq_len),
+               .order = order_},
               stream_);
   }
 
  private:
   AttentionShape shape_;
+  RowOrder order_;
   cudaStream_t stream_;
 };
 
 std::unique_ptr<Kernel> make_rope(const Nodes& nodes, Context& context) {
-  return std::make_unique<RopeKernel>(nodes.op<Rope>(1).shape(), context.stream);
+  return std::make_unique<RopeKernel>(nodes.op<Rope>(1).shape(), context);
 }
 
 bool fuses_swiglu(const Nodes& nodes) {
@@ -66,7 +71,7 @@ bool fuses_swiglu(const Nodes& nodes) {
 
 class SwigluKernel final : public Kernel {
  public:
-  explicit SwigluKernel(cudaStream_t stream) : stream_(stream) {}
+  explicit SwigluKernel(Context& context) : order_(context.turn()), stream_(context.stream) {}
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& linear = nodes[0];
     gemm_swiglu({.x = static_cast<const bf16*>(linear.in[0].data),
@@ -75,17 +80,17 @@ class SwigluKernel final : public Kernel {
                  .a = static_cast<bf16*>(nodes[1].out[0].data),
                  .m = narrow(linear.in[0].shape()[0]),
                  .c = narrow(linear.in[0].shape()[1]),
-                 .f = narrow(linear.in[1].shape()[0] / 2)},
+                 .f = narrow(linear.in[1].shape()[0] / 2),
+                 .order = order_},
                 stream_);
   }
 
  private:
+  RowOrder order_;
   cudaStream_t stream_;
 };
 
-std::unique_ptr<Kernel> make_swiglu(const Nodes&, Context& context) {
-  return std::make_unique<SwigluKernel>(context.stream);
-}
+std::unique_ptr<Kernel> make_swiglu(const Nodes&, Context& context) { return std::make_unique<SwigluKernel>(context); }
 
 /// linear_dx of the down projection, whose result nothing but swiglu_dx reads: it is never stored.
 bool fuses_swiglu_gradient(const Nodes& nodes) {
@@ -96,7 +101,7 @@ bool fuses_swiglu_gradient(const Nodes& nodes) {
 
 class SwigluGradientKernel final : public Kernel {
  public:
-  explicit SwigluGradientKernel(cudaStream_t stream) : stream_(stream) {}
+  explicit SwigluGradientKernel(Context& context) : order_(context.turn()), stream_(context.stream) {}
   void run(std::span<const KernelArgs> nodes) override {
     const KernelArgs& linear = nodes[0];
     gemm_swiglu_backward({.dy = static_cast<const bf16*>(linear.in[0].data),
@@ -105,23 +110,85 @@ class SwigluGradientKernel final : public Kernel {
                           .dgate_up = static_cast<bf16*>(nodes[1].out[0].data),
                           .m = narrow(linear.in[0].shape()[0]),
                           .c = narrow(linear.in[0].shape()[1]),
-                          .f = narrow(linear.in[1].shape()[1])},
+                          .f = narrow(linear.in[1].shape()[1]),
+                          .order = order_},
                          stream_);
   }
 
  private:
+  RowOrder order_;
   cudaStream_t stream_;
 };
 
 std::unique_ptr<Kernel> make_swiglu_gradient(const Nodes&, Context& context) {
-  return std::make_unique<SwigluGradientKernel>(context.stream);
+  return std::make_unique<SwigluGradientKernel>(context);
 }
+
+/// A projection that the residual stream takes in: the GEMM adds to it and rounds once, and the norm reads the sum.
+bool fuses_add_norm(const Nodes& nodes) {
+  return nodes.node(1).in[2] == nodes.node(0).out[0] && nodes.node(1).in[0] != nodes.node(0).out[0] &&
+         only_second_reads(nodes);
+}
+
+class AddNormKernel final : public Kernel {
+ public:
+  AddNormKernel(const RmsNorm::Options& options, Context& context) : options_(options), context_(context) {
+    context.ascend();
+    order_ = context.turn();
+  }
+  void run(std::span<const KernelArgs> nodes) override {
+    const Tensor &x = nodes[0].in[0], &w = nodes[0].in[1], &residual = nodes[1].in[0], &sum = nodes[1].out[2];
+    const std::int64_t n = x.shape()[0], k = x.shape()[1], m = w.shape()[0];
+    context_.gemms->run({.trans_b = Trans::yes,
+                         .m = n,
+                         .n = m,
+                         .k = k,
+                         .a = x.data,
+                         .lda = k,
+                         .b = w.data,
+                         .ldb = k,
+                         .c = sum.data,
+                         .ldc = m,
+                         .add = residual.data},
+                        nodes[0].workspace.data);
+    norm_forward({.x = static_cast<const bf16*>(sum.data),
+                  .w = static_cast<const bf16*>(nodes[1].in[1].data),
+                  .y = static_cast<bf16*>(nodes[1].out[0].data),
+                  .rstd = nodes[1].out[1].as<float>(),
+                  .rows = n,
+                  .width = narrow(m),
+                  .eps = static_cast<float>(options_.eps),
+                  .order = order_},
+                 context_.stream);
+  }
+
+ private:
+  RmsNorm::Options options_;
+  Context& context_;
+  RowOrder order_;
+};
+
+std::unique_ptr<Kernel> make_add_norm(const Nodes& nodes, Context& context) {
+  return std::make_unique<AddNormKernel>(nodes.op<RmsNorm>(1).options(), context);
+}
+
+std::size_t add_norm_workspace(const Nodes&) { return GemmPlans::kWorkspaceBytes; }
+
+void check_add_norm(const Nodes& nodes) { check_norm_width(nodes.inputs(1)[0]); }
 
 }  // namespace
 
 OpEntry linear_rope_entry() { return {.name = "linear", .second = "rope", .make = make_rope, .fuses = fuses_rope}; }
 OpEntry linear_swiglu_entry() {
   return {.name = "linear", .second = "swiglu", .make = make_swiglu, .fuses = fuses_swiglu};
+}
+OpEntry linear_add_norm_entry() {
+  return {.name = "linear",
+          .second = "add_rms_norm",
+          .workspace_bytes = add_norm_workspace,
+          .make = make_add_norm,
+          .check = check_add_norm,
+          .fuses = fuses_add_norm};
 }
 OpEntry linear_swiglu_gradient_entry() {
   return {.name = "linear_dx", .second = "swiglu_dx", .make = make_swiglu_gradient, .fuses = fuses_swiglu_gradient};

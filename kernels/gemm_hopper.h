@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/row_order.h"
+
 /// GEMMs for Hopper whose epilogue saves a pass through device memory. All matrices are row-major bf16 with f32 sums;
 /// device pointers are 16-byte aligned. Every launcher enqueues on `stream`, allocates nothing, is capturable in a CUDA
 /// graph, gives bitwise the same result on every run and writes nothing outside its outputs. `tile` picks one of
@@ -30,6 +32,7 @@ struct GemmLogits {
   float* target_logits = nullptr;
   int m = 0, c = 0, v = 0, v_true = 0;
   int tile = -1;
+  RowOrder order = RowOrder::ascending;
 };
 bool gemm_logits_supported(int m, int c, int v);
 int gemm_logits_parts(int v, int tile = -1);
@@ -46,6 +49,7 @@ struct GemmSwiglu {
   __nv_bfloat16* a = nullptr;
   int m = 0, c = 0, f = 0;
   int tile = -1;
+  RowOrder order = RowOrder::ascending;
 };
 bool gemm_swiglu_supported(int m, int c, int f);
 void gemm_swiglu(const GemmSwiglu& args, cudaStream_t stream);
@@ -61,6 +65,7 @@ struct GemmSwigluBackward {
   __nv_bfloat16* dgate_up = nullptr;
   int m = 0, c = 0, f = 0;
   int tile = -1;
+  RowOrder order = RowOrder::ascending;
 };
 bool gemm_swiglu_backward_supported(int m, int c, int f);
 void gemm_swiglu_backward(const GemmSwigluBackward& args, cudaStream_t stream);
@@ -78,6 +83,7 @@ struct GemmRope {
   int m = 0, n = 0, c = 0;
   int head_size = 64, rotated_heads = 0, tokens = 0;
   int tile = -1;
+  RowOrder order = RowOrder::ascending;
 };
 bool gemm_rope_supported(int m, int n, int c, int head_size);
 void gemm_rope(const GemmRope& args, cudaStream_t stream);

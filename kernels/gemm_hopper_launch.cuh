@@ -60,11 +60,12 @@ inline bool wide_tiles_leave_gaps(int m, int n) {
 
 /// Launches over [m, n], n counting the columns of the product. Fills `p.order`; the maps are the caller's.
 template <class C, class Epilogue>
-void launch(Params<Epilogue>& p, int m, int n, int k, cudaStream_t stream) {
+void launch(Params<Epilogue>& p, int m, int n, int k, RowOrder order, cudaStream_t stream) {
   constexpr int kTileM = C::kM * C::kCluster;
   p.order.rows = (m + kTileM - 1) / kTileM;
   p.order.columns = (n + C::kN - 1) / C::kN;
   p.order.band = band_rows<C>(p.order.rows, static_cast<std::size_t>(n) * k * 2);
+  p.order.rows_order = order;
   p.stages_per_tile = (k + kDepth - 1) / kDepth;
   check_cuda(
       cudaFuncSetAttribute(gemm_kernel<C, Epilogue>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes),

@@ -2,6 +2,7 @@
 #include <cstddef>
 
 #include "kernels/gemm_hopper_ptx.cuh"
+#include "kernels/row_order.h"
 
 /// Tiles of the GEMM of gemm_hopper.cuh: their configurations, the order in which they are taken, and the staging of
 /// their output.
@@ -37,14 +38,17 @@ using Wide = Config<1, 256, Schedule::shared, 1, 4, 2>;
 using WidePair = Config<1, 256, Schedule::shared, 2, 4, 2>;
 using WidePairLag = Config<1, 256, Schedule::shared, 2, 4, 2, 2>;
 
-/// Tiles in the order in which clusters take them: bands of `band` rows of tiles, down a column of the band first.
+/// Tiles in the order in which clusters take them: bands of `band` rows of tiles, down a column of the band first; from
+/// the last row on where `rows_order` descends.
 struct TileOrder {
   int rows, columns, band;
+  RowOrder rows_order;
   __host__ __device__ int count() const { return rows * columns; }
   __device__ void locate(int tile, int& row, int& column) const {
     const int first = tile / (band * columns) * band, rest = tile % (band * columns);
     const int height = min(band, rows - first);
     row = first + rest % height;
+    if (rows_order == RowOrder::descending) row = rows - 1 - row;
     column = rest / height;
   }
 };
@@ -98,11 +102,12 @@ struct Staging {
     __syncwarp();
     return shared_address(ring + slot * kBytes);
   }
+  template <Reuse kReuse = Reuse::soon>
   __device__ void store(const CUtensorMap& map, int column, int row) {
     fence_async_proxy();
     __syncwarp();
     if (group.lane() == 0) {
-      tensor_store(&map, ring + slot * kBytes, column, row + group.warp() * 16, 0);
+      tensor_store<kReuse>(&map, ring + slot * kBytes, column, row + group.warp() * 16, 0);
       store_commit();
     }
     slot = slot + 1 == kCount ? 0 : slot + 1;

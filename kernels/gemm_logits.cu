@@ -125,7 +125,7 @@ void run(const GemmLogits& args, cudaStream_t stream) {
   p.epilogue.shift = args.shift, p.epilogue.targets = args.targets;
   p.epilogue.partial_sums = args.partial_sums, p.epilogue.target_logits = args.target_logits;
   p.epilogue.m = args.m, p.epilogue.v_true = args.v_true;
-  launch<C>(p, args.m, args.v, args.c, stream);
+  launch<C>(p, args.m, args.v, args.c, args.order, stream);
 }
 
 template <class C>

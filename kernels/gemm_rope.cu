@@ -68,7 +68,7 @@ void run(const GemmRope& args, cudaStream_t stream) {
   p.epilogue.table = args.table;
   p.epilogue.tokens = args.tokens;
   p.epilogue.rotated_columns = args.rotated_heads * kHeadSize;
-  launch<C>(p, args.m, args.n, args.c, stream);
+  launch<C>(p, args.m, args.n, args.c, args.order, stream);
 }
 
 template <class C>

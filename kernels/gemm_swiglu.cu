@@ -25,14 +25,14 @@ struct SwigluEpilogue {
     __device__ Worker(const Args& a, const Group& g, const TileWalk<C>&) : args(a), staging(g) {}
 
     /// Stages and stores a warp's 16 rows of 64 columns; `value(i)` gives packed pair i of 16.
-    template <class Value>
+    template <Reuse kReuse, class Value>
     __device__ void store_part(const CUtensorMap& map, int column, int row, Value value) {
       const std::uint32_t buffer = staging.buffer();
 #pragma unroll
       for (int block = 0; block < 4; ++block)
         stage_block(buffer, block, staging.group.lane(),
                     {value(4 * block), value(4 * block + 1), value(4 * block + 2), value(4 * block + 3)});
-      staging.store(map, column, row);
+      staging.template store<kReuse>(map, column, row);
     }
 
     __device__ void finish(float (&sums)[C::kFrags][C::kN / 2], Place place) {
@@ -49,9 +49,10 @@ struct SwigluEpilogue {
             up[i] = pack_bf16(u[0], u[1]);
           }
           const int column = place.tile_n * (C::kN / 2) + part * 64, row = place.m + f * 64;
-          store_part(args.gate, column, row, [&](int i) { return gate[i]; });
-          store_part(args.up, column, row, [&](int i) { return up[i]; });
-          store_part(args.a, column, row, [&](int i) { return activate(gate[i], up[i]); });
+          // Backward reads gate and up; the next GEMM reads their product.
+          store_part<Reuse::late>(args.gate, column, row, [&](int i) { return gate[i]; });
+          store_part<Reuse::late>(args.up, column, row, [&](int i) { return up[i]; });
+          store_part<Reuse::soon>(args.a, column, row, [&](int i) { return activate(gate[i], up[i]); });
         }
     }
   };
@@ -67,7 +68,7 @@ void run(const GemmSwiglu& args, cudaStream_t stream) {
   p.epilogue.gate = matrix_map(args.gate_up, m, f, 2 * f, 16);
   p.epilogue.up = matrix_map(args.gate_up + f, m, f, 2 * f, 16);
   p.epilogue.a = matrix_map(args.a, m, f, f, 16);
-  launch<C>(p, m, (f + C::kN / 2 - 1) / (C::kN / 2) * C::kN, c, stream);
+  launch<C>(p, m, (f + C::kN / 2 - 1) / (C::kN / 2) * C::kN, c, args.order, stream);
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ void run(const GemmSwigluBackward& args, cudaStream_t stream) {
   p.epilogue.up = matrix_map(args.gate_up + f, m, f, 2 * f, 16);
   p.epilogue.dgate = matrix_map(args.dgate_up, m, f, 2 * f, 16);
   p.epilogue.dup = matrix_map(args.dgate_up + f, m, f, 2 * f, 16);
-  launch<C>(p, m, f, c, stream);
+  launch<C>(p, m, f, c, args.order, stream);
 }
 
 }  // namespace

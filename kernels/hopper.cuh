@@ -127,9 +127,24 @@ __device__ inline void bulk_load(void* shared, const void* global, std::uint32_t
                : "memory");
 }
 
+/// When what a kernel writes is read again: soon, from L2 if there is room, or only after much else, so that it should
+/// not displace the rest.
+enum class Reuse { soon, late };
+
 /// Box from shared memory to global memory. The writers of the shared memory call fence_async_proxy and meet at a
 /// barrier first; the calling thread commits.
+template <Reuse kReuse = Reuse::soon>
 __device__ inline void tensor_store(const CUtensorMap* map, const void* shared, int x, int y, int z) {
+  if constexpr (kReuse == Reuse::late) {
+    std::uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(
+            map),
+        "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z), "l"(policy)
+        : "memory");
+    return;
+  }
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
                "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
                : "memory");

@@ -14,6 +14,7 @@ void require_bf16(const Nodes& nodes) {
 
 std::unique_ptr<Kernel> make_linear(const Nodes& nodes, Context& context) {
   require_bf16(nodes);
+  context.ascend();
   return simple_kernel([&context](const KernelArgs& args) {
     const Tensor &x = args.in[0], &w = args.in[1];
     const std::int64_t k = x.shape()[1], m = w.shape()[0];
@@ -33,6 +34,7 @@ std::unique_ptr<Kernel> make_linear(const Nodes& nodes, Context& context) {
 
 std::unique_ptr<Kernel> make_input_gradient(const Nodes& nodes, Context& context) {
   require_bf16(nodes);
+  context.ascend();
   return simple_kernel([&context](const KernelArgs& args) {
     const Tensor &dy = args.in[0], &w = args.in[1];
     const std::int64_t m = dy.shape()[1], k = w.shape()[1];
@@ -51,6 +53,7 @@ std::unique_ptr<Kernel> make_input_gradient(const Nodes& nodes, Context& context
 
 std::unique_ptr<Kernel> make_weight_gradient(const Nodes& nodes, Context& context) {
   require_bf16(nodes);
+  context.ascend();
   const bool add = nodes.node().out.empty();
   return simple_kernel([&context, add](const KernelArgs& args) {
     const Tensor &dy = args.in[0], &x = args.in[1];

@@ -9,6 +9,7 @@ namespace {
 const std::vector<OpEntry>& entries() {
   static const std::vector<OpEntry> list{linear_rope_entry(),
                                          linear_swiglu_entry(),
+                                         linear_add_norm_entry(),
                                          linear_swiglu_gradient_entry(),
                                          attention_rope_gradient_entry(),
                                          embedding_entry(),

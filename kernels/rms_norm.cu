@@ -1,8 +1,9 @@
-#include "ops/rms_norm.h"
+#include "kernels/rms_norm.h"
 
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
 #include "kernels/vector.cuh"
+#include "ops/rms_norm.h"
 
 namespace kiln::cuda {
 namespace {
@@ -15,20 +16,11 @@ constexpr std::int64_t kParts = 528;  // partial sums of dw; fixed, so that the 
 /// Vectors of eight that one lane holds of a row in the forward pass; warps that share a row in the backward pass.
 int vectors_of(std::int64_t width) { return static_cast<int>((width + 255) / 256); }
 
-struct ForwardArgs {
-  const bf16 *x, *w, *delta;
-  bf16 *y, *sum;
-  float* rstd;
-  std::int64_t rows;
-  int width;
-  float eps;
-};
-
 /// A warp a row, kept in registers between the sum of squares and the scaling: every element is read once.
 template <int kVectors, bool kResidual>
-__global__ void __launch_bounds__(kWarps * 32) forward(ForwardArgs a) {
+__global__ void __launch_bounds__(kWarps * 32) forward(NormForward a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t row = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const std::int64_t row = ordered_block(a.order) * kWarps + threadIdx.x / 32;
   if (row >= a.rows) return;
   const std::int64_t base = row * a.width;
   Bf16x8 r[kVectors];
@@ -44,7 +36,7 @@ __global__ void __launch_bounds__(kWarps * 32) forward(ForwardArgs a) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) total.v[i] += delta.v[i];
       r[v] = pack(total);
-      store8(a.sum + base + c, r[v]);
+      store8_streaming(a.sum + base + c, r[v]);
     }
     const Float8 values = unpack(r[v]);  // of what backward will read
 #pragma unroll
@@ -65,9 +57,9 @@ __global__ void __launch_bounds__(kWarps * 32) forward(ForwardArgs a) {
 }
 
 /// y = r rstd w as forward() rounds it: eight elements a thread.
-__global__ void __launch_bounds__(kScaleThreads)
-    scale_rows(const bf16* r, const bf16* w, const float* rstd, bf16* y, std::int64_t vectors, int per_row) {
-  const std::int64_t i = std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x;
+__global__ void __launch_bounds__(kScaleThreads) scale_rows(const bf16* r, const bf16* w, const float* rstd, bf16* y,
+                                                            std::int64_t vectors, int per_row, RowOrder order) {
+  const std::int64_t i = ordered_block(order) * kScaleThreads + threadIdx.x;
   if (i >= vectors) return;
   const std::int64_t row = i / per_row;
   Float8 out = unpack(load8(r + i * 8));
@@ -85,6 +77,7 @@ struct BackwardArgs {
   float* partial;  // [parts, width]
   std::int64_t rows, rows_per_part;
   int width;
+  RowOrder order;
 };
 
 /// What a thread holds of one row: eight columns.
@@ -105,7 +98,7 @@ __global__ void __launch_bounds__((kSpan > kWarps ? kSpan : kWarps / kSpan * kSp
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int slot = warp / kSpan, part = warp % kSpan, column = (part * 32 + lane) * 8;
   const bool active = column < a.width;  // the same for all of a row's slots
-  const std::int64_t first = std::int64_t{blockIdx.x} * a.rows_per_part;
+  const std::int64_t block = ordered_block(a.order), first = block * a.rows_per_part;
   const std::int64_t last = min(first + a.rows_per_part, a.rows);
   auto load = [&](std::int64_t row) {
     Row x{};
@@ -154,7 +147,7 @@ __global__ void __launch_bounds__((kSpan > kWarps ? kSpan : kWarps / kSpan * kSp
     __syncthreads();
   }
   for (int c = static_cast<int>(threadIdx.x); c < a.width; c += static_cast<int>(blockDim.x))
-    a.partial[std::int64_t{blockIdx.x} * a.width + c] = shared[c];
+    a.partial[block * a.width + c] = shared[c];
 }
 
 /// dw[c] (+)= sum of the parts, in order: 32 columns a block, 32 groups of parts, then the groups in order.
@@ -195,40 +188,33 @@ void with_vectors(std::int64_t width, F&& f) {
   }
 }
 
-void check_width(const Nodes& nodes) {
-  const std::int64_t width = nodes.inputs()[0].shape[1];
-  require(nodes.inputs()[0].dtype == DType::bf16 && width % 8 == 0 && vectors_of(width) <= kMaxVectors,
-          "rms_norm: x {} {}, expected bf16 and a width that is a multiple of 8, at most {}",
-          to_string(nodes.inputs()[0].dtype), nodes.inputs()[0].shape.str(), 256 * kMaxVectors);
-}
+void check_width(const Nodes& nodes) { check_norm_width(nodes.inputs()[0]); }
 
 std::unique_ptr<Kernel> make_forward(const Nodes& nodes, Context& context) {
   const RmsNorm::Options options = nodes.op<RmsNorm>().options();
-  return simple_kernel([options, stream = context.stream](const KernelArgs& args) {
-    const std::int64_t rows = args.in[0].shape()[0], width = args.in[0].shape()[1];
-    const ForwardArgs a{.x = static_cast<const bf16*>(args.in[0].data),
-                        .w = static_cast<const bf16*>(args.in[1].data),
-                        .delta = options.residual ? static_cast<const bf16*>(args.in[2].data) : nullptr,
-                        .y = static_cast<bf16*>(args.out[0].data),
-                        .sum = options.residual ? static_cast<bf16*>(args.out[2].data) : nullptr,
-                        .rstd = args.out[1].as<float>(),
-                        .rows = rows,
-                        .width = static_cast<int>(width),
-                        .eps = static_cast<float>(options.eps)};
-    const Launch how{"rms_norm", blocks_for(rows, kWarps), kWarps * 32, stream};
-    with_vectors(width, [&](auto vectors) {
-      launch(how, options.residual ? forward<vectors(), true> : forward<vectors(), false>, a);
-    });
+  return simple_kernel([options, order = context.turn(), stream = context.stream](const KernelArgs& args) {
+    const Tensor& x = args.in[0];
+    norm_forward({.x = static_cast<const bf16*>(x.data),
+                  .w = static_cast<const bf16*>(args.in[1].data),
+                  .delta = options.residual ? static_cast<const bf16*>(args.in[2].data) : nullptr,
+                  .y = static_cast<bf16*>(args.out[0].data),
+                  .sum = options.residual ? static_cast<bf16*>(args.out[2].data) : nullptr,
+                  .rstd = args.out[1].as<float>(),
+                  .rows = x.shape()[0],
+                  .width = static_cast<int>(x.shape()[1]),
+                  .eps = static_cast<float>(options.eps),
+                  .order = order},
+                 stream);
   });
 }
 
 std::unique_ptr<Kernel> make_scale(const Nodes&, Context& context) {
-  return simple_kernel([stream = context.stream](const KernelArgs& args) {
+  return simple_kernel([order = context.turn(), stream = context.stream](const KernelArgs& args) {
     const std::int64_t vectors = args.in[0].numel() / 8;
     launch({"rms_scale", blocks_for(vectors, kScaleThreads), kScaleThreads, stream}, scale_rows,
            static_cast<const bf16*>(args.in[0].data), static_cast<const bf16*>(args.in[1].data),
            static_cast<const float*>(args.in[2].data), static_cast<bf16*>(args.out[0].data), vectors,
-           static_cast<int>(args.in[0].shape()[1] / 8));
+           static_cast<int>(args.in[0].shape()[1] / 8), order);
   });
 }
 
@@ -237,7 +223,7 @@ std::size_t backward_workspace(const Nodes& nodes) {
 }
 
 std::unique_ptr<Kernel> make_backward(const Nodes&, Context& context) {
-  return simple_kernel([stream = context.stream](const KernelArgs& args) {
+  return simple_kernel([order = context.turn(), stream = context.stream](const KernelArgs& args) {
     const std::int64_t rows = args.in[0].shape()[0], width = args.in[0].shape()[1];
     const std::int64_t rows_per_part = std::max<std::int64_t>(kWarps, (rows + kParts - 1) / kParts);
     const auto parts = blocks_for(rows, rows_per_part);
@@ -250,7 +236,8 @@ std::unique_ptr<Kernel> make_backward(const Nodes&, Context& context) {
                          .partial = static_cast<float*>(args.workspace.data),
                          .rows = rows,
                          .rows_per_part = rows_per_part,
-                         .width = static_cast<int>(width)};
+                         .width = static_cast<int>(width),
+                         .order = order};
     with_vectors(width, [&](auto vectors) {
       constexpr int kSpan = vectors();
       constexpr unsigned kThreads = (kSpan > kWarps ? kSpan : kWarps / kSpan * kSpan) * 32;
@@ -263,6 +250,20 @@ std::unique_ptr<Kernel> make_backward(const Nodes&, Context& context) {
 }
 
 }  // namespace
+
+void check_norm_width(const TensorSpec& x) {
+  const std::int64_t width = x.shape[1];
+  require(x.dtype == DType::bf16 && width % 8 == 0 && vectors_of(width) <= kMaxVectors,
+          "rms_norm: x {} {}, expected bf16 and a width that is a multiple of 8, at most {}", to_string(x.dtype),
+          x.shape.str(), 256 * kMaxVectors);
+}
+
+void norm_forward(const NormForward& args, cudaStream_t stream) {
+  const Launch how{"rms_norm", blocks_for(args.rows, kWarps), kWarps * 32, stream};
+  with_vectors(args.width, [&](auto vectors) {
+    launch(how, args.delta != nullptr ? forward<vectors(), true> : forward<vectors(), false>, args);
+  });
+}
 
 OpEntry rms_norm_entry() { return {.name = "rms_norm", .make = make_forward, .check = check_width}; }
 OpEntry add_rms_norm_entry() { return {.name = "add_rms_norm", .make = make_forward, .check = check_width}; }

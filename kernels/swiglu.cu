@@ -18,16 +18,17 @@ struct Place {
   std::int64_t gate, narrow;
   bool valid;
 };
-__device__ inline Place place(std::int64_t vectors, int width) {
-  const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+__device__ inline Place place(std::int64_t vectors, int width, RowOrder order) {
+  const std::int64_t i = ordered_block(order) * kThreads + threadIdx.x;
   const int per_row = width / 8;
   const std::int64_t row = i / per_row;
   const std::int64_t column = (i - row * per_row) * 8;
   return {row * 2 * width + column, row * width + column, i < vectors};
 }
 
-__global__ void __launch_bounds__(kThreads) forward(const bf16* x, bf16* y, std::int64_t vectors, int width) {
-  const Place at = place(vectors, width);
+__global__ void __launch_bounds__(kThreads)
+    forward(const bf16* x, bf16* y, std::int64_t vectors, int width, RowOrder order) {
+  const Place at = place(vectors, width, order);
   if (!at.valid) return;
   const Float8 gate = unpack(load8(x + at.gate)), up = unpack(load8(x + at.gate + width));
   Float8 out;
@@ -37,8 +38,8 @@ __global__ void __launch_bounds__(kThreads) forward(const bf16* x, bf16* y, std:
 }
 
 __global__ void __launch_bounds__(kThreads)
-    backward(const bf16* x, const bf16* dy, bf16* dx, std::int64_t vectors, int width) {
-  const Place at = place(vectors, width);
+    backward(const bf16* x, const bf16* dy, bf16* dx, std::int64_t vectors, int width, RowOrder order) {
+  const Place at = place(vectors, width, order);
   if (!at.valid) return;
   const Float8 gate = unpack(load8_streaming(x + at.gate)), up = unpack(load8_streaming(x + at.gate + width));
   const Float8 d = unpack(load8_streaming(dy + at.narrow));
@@ -60,20 +61,20 @@ void check_width(const Nodes& nodes) {
 }
 
 std::unique_ptr<Kernel> make_forward(const Nodes&, Context& context) {
-  return simple_kernel([stream = context.stream](const KernelArgs& args) {
+  return simple_kernel([order = context.turn(), stream = context.stream](const KernelArgs& args) {
     const std::int64_t vectors = args.out[0].numel() / 8;
     launch({"swiglu", blocks_for(vectors, kThreads), kThreads, stream}, forward,
            static_cast<const bf16*>(args.in[0].data), static_cast<bf16*>(args.out[0].data), vectors,
-           static_cast<int>(args.out[0].shape()[1]));
+           static_cast<int>(args.out[0].shape()[1]), order);
   });
 }
 
 std::unique_ptr<Kernel> make_backward(const Nodes&, Context& context) {
-  return simple_kernel([stream = context.stream](const KernelArgs& args) {
+  return simple_kernel([order = context.turn(), stream = context.stream](const KernelArgs& args) {
     const std::int64_t vectors = args.in[1].numel() / 8;
     launch({"swiglu_dx", blocks_for(vectors, kThreads), kThreads, stream}, backward,
            static_cast<const bf16*>(args.in[0].data), static_cast<const bf16*>(args.in[1].data),
-           static_cast<bf16*>(args.out[0].data), vectors, static_cast<int>(args.in[1].shape()[1]));
+           static_cast<bf16*>(args.out[0].data), vectors, static_cast<int>(args.in[1].shape()[1]), order);
   });
 }
 

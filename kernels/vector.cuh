@@ -4,9 +4,16 @@
 
 #include <cstdint>
 
+#include "kernels/row_order.h"
+
 namespace kiln::cuda {
 
 using bf16 = __nv_bfloat16;
+
+/// The place of a block among rows taken in this order.
+__device__ inline std::int64_t ordered_block(RowOrder order) {
+  return order == RowOrder::ascending ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+}
 
 /// Eight bf16 in one 16-byte access.
 struct alignas(16) Bf16x8 {
@@ -20,6 +27,9 @@ __device__ inline Bf16x8 load8(const bf16* p) { return {*reinterpret_cast<const 
 /// For data that nobody reads again soon.
 __device__ inline Bf16x8 load8_streaming(const bf16* p) { return {__ldcs(reinterpret_cast<const uint4*>(p))}; }
 __device__ inline void store8(bf16* p, Bf16x8 x) { *reinterpret_cast<uint4*>(p) = x.bits; }
+
+/// Likewise.
+__device__ inline void store8_streaming(bf16* p, Bf16x8 x) { __stcs(reinterpret_cast<uint4*>(p), x.bits); }
 
 __device__ inline Float8 unpack(Bf16x8 x) {
   Float8 out;

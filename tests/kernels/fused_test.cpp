@@ -4,6 +4,7 @@
 #include "kernels/device_case.h"
 #include "ops/attention.h"
 #include "ops/linear.h"
+#include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
 
@@ -107,6 +108,30 @@ Pair attention_pair(const AttentionShape& shape, std::int64_t sequences) {
                      plan.add(std::make_shared<Rope>(shape, Rope::Direction::inverse), {dqkv, in[2], in[3]}, "rope");
                      return std::vector<Compared>{{dqkv, 3.5 * 0x1p-9, {shape.key_column(0), shape.value_column(0)}}};
                    });
+}
+
+Pair add_norm_pair(std::int64_t n, std::int64_t width, std::int64_t inner) {
+  return make_pair(
+      {.name = fmt::format("linear + add_rms_norm N {} C {} of {}", n, width, inner),
+       .inputs = {bf16({n, inner}), bf16({width, inner}), bf16({n, width}), {bf16({width}).spec, Role::parameter}},
+       .record = {}},
+      1, [=](Plan& plan, const Ids& in, bool apart) {
+        const ValueId delta = plan.add1(std::make_shared<Linear>(), {in[0], in[1]}, "delta");
+        if (apart) separate(plan, delta);
+        const auto norm = std::make_shared<RmsNorm>(RmsNorm::Options{.eps = 1e-5, .residual = true});
+        const Ids out = plan.add(norm, {in[2], in[3], delta}, "norm");
+        return std::vector<Compared>{
+            {out[0], kTwoRoundings}, {out[1], 0x1p-9}, {out[2], apart ? kTwoRoundings : kOneRounding}};
+      });
+}
+
+TEST_CASE("a projection that is added to the residual stream and normalised, in two kernels for three", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  check_pair(add_norm_pair(1, 64, 64), *gpu);
+  check_pair(add_norm_pair(300, 512, 1376), *gpu);
+  check_pair(add_norm_pair(515, 136, 256), *gpu);
+  check_pair(add_norm_pair(64, 2048, 5504), *gpu);
+  check_pair(add_norm_pair(77, 5120, 264), *gpu);
 }
 
 TEST_CASE("a projection with RoPE in one kernel", "[gpu]") {
