@@ -40,7 +40,8 @@ TEST_CASE("a plan ranks the members that fit its budget") {
   config.memory.budget = 1;
   const MemoryReport none = memory_report(config, *communicator);
   CHECK_THAT(memory_tables(none), ContainsSubstring(": none"));
-  for (const Json& table : to_json(none).at("results")) CHECK(table.at("ranking").empty());
+  const Json json = to_json(none);
+  for (const Json& table : json.at("results")) CHECK(table.at("ranking").empty());
 }
 
 }  // namespace
