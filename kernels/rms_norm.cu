@@ -127,7 +127,7 @@ __global__ void __launch_bounds__((kSpan > kWarps ? kSpan : kWarps / kSpan * kSp
     dot = warp_sum(dot);
     if constexpr (kSpan > 1) {
       if (lane == 0) dots[parity][slot][part] = dot;
-      wait_for(1 + slot, kSpan * 32);
+      wait_for_slot<kSlots>(slot, kSpan * 32);
       dot = 0;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) dot += dots[parity][slot][i];

@@ -53,9 +53,14 @@ __device__ inline Bf16x8 pack(const Float8& x) {
   return {make_uint4(words[0], words[1], words[2], words[3])};
 }
 
-/// Waits for `threads` threads of the block at barrier `id` (1 to 15).
-__device__ inline void wait_for(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+/// Waits for the `threads` threads that share `slot` of kSlots, at barrier 1 + slot. Each number is a constant of its
+/// instruction: compute-sanitizer's racecheck does not follow numbers that are held in registers.
+template <int kSlots, int kSlot = 0>
+__device__ void wait_for_slot(int slot, int threads) {
+  if constexpr (kSlot < kSlots) {
+    if (slot != kSlot) return wait_for_slot<kSlots, kSlot + 1>(slot, threads);
+    asm volatile("bar.sync %0, %1;" ::"n"(kSlot + 1), "r"(threads) : "memory");
+  }
 }
 
 /// Sum over the 32 lanes, in a fixed order, in every lane.
