@@ -114,9 +114,11 @@ __global__ void __launch_bounds__((kSpan > kWarps ? kSpan : kWarps / kSpan * kSp
   Float8 dw{};
   int parity = 0;
   Row next = first + slot < last ? load(first + slot) : Row{};
-  for (std::int64_t row = first + slot; row < last; row += kSlots, parity ^= 1) {
+  // Every slot takes as many turns, if only with a row of zeros, and so meets at its barrier as often as the others.
+  for (std::int64_t base = first; base < last; base += kSlots, parity ^= 1) {
+    const std::int64_t row = base + slot;
     const Row now = next;
-    if (row + kSlots < last) next = load(row + kSlots);
+    next = row + kSlots < last ? load(row + kSlots) : Row{};
     const Float8 r = unpack(now.r), d = unpack(now.dy);
     float dot = 0;
 #pragma unroll
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__((kSpan > kWarps ? kSpan : kWarps / kSpan * kSp
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) dot += dots[parity][slot][i];
     }
-    if (!active) continue;
+    if (!active || row >= last) continue;
     const float scale = now.rstd;
     const float mean = dot * scale * scale * scale / static_cast<float>(a.width);
     Float8 out = unpack(now.arriving);

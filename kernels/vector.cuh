@@ -53,8 +53,8 @@ __device__ inline Bf16x8 pack(const Float8& x) {
   return {make_uint4(words[0], words[1], words[2], words[3])};
 }
 
-/// Waits for the `threads` threads that share `slot` of kSlots, at barrier 1 + slot. Each number is a constant of its
-/// instruction: compute-sanitizer's racecheck does not follow numbers that are held in registers.
+/// Waits for the `threads` threads that share `slot` of kSlots, at barrier 1 + slot; each number is a constant of its
+/// instruction.
 template <int kSlots, int kSlot = 0>
 __device__ void wait_for_slot(int slot, int threads) {
   if constexpr (kSlot < kSlots) {
