@@ -3,7 +3,7 @@
 
 Usage: python scripts/gpu/bench_gpu.py --kiln build/cuda/kiln [--sections step60,step,seq,attention,gemm,curve,generate,tests]
            [--shards 'data/shards/train*'] [--tests build/cuda/test_kernels] [--limit 120] [--steps 10] [--no-peer]
-           [--work DIR] [--out results.md]
+           [--as-peer] [--work DIR] [--out results.md]
 
   step60     60M at 8, 32, 128 and 512 sequences of 256          seq        350M and 1B at 1024 and 2048
   step       130M, 350M and 1B at sequences of 256               attention  forward and backward, against SDPA
@@ -11,7 +11,8 @@ Usage: python scripts/gpu/bench_gpu.py --kiln build/cuda/kiln [--sections step60
   generate   a greedy text on GPU and CPU (from curve's model)   tests      the kernels' tests
 
 Rows of the step sections run kiln and the peer one after the other. Neither clips gradients. The peer is all bf16;
-kiln keeps fp32 masters and states. `curve` needs token shards of a vocabulary of at most 32000; `generate` needs
+kiln keeps fp32 masters and states, and with --as-peer is timed once more after the peer with bf16 weights and states.
+`curve` needs token shards of a vocabulary of at most 32000; `generate` needs
 curve's checkpoint in --work, and a tokenizer (--tokenizer FILE).
 """
 
@@ -85,15 +86,21 @@ class Bench:
         rows = []
         for size, seq, sequences in ROWS[section]:
             count = self.arguments.steps if sequences * seq >= 32768 else 5 * self.arguments.steps
-            kiln = self.kiln("bench", "step", "--device", "cuda", "--preset", f"llama_{size}", "--seq", seq,
-                             "--sequences", sequences, "--steps", count, "--clip-norm", 0)  # fmt: skip
+            command = ["bench", "step", "--device", "cuda", "--preset", f"llama_{size}", "--seq", seq, "--sequences",
+                       sequences, "--steps", count, "--clip-norm", 0]  # fmt: skip
+            kiln = self.kiln(*command)
             peer = self.peer("torch_step.py", "--size", size, "--seq", seq, "--sequences", sequences, "--steps", count,
                              "--clip-norm", 0)  # fmt: skip
             rows.append([size, f"{sequences} x {seq}", *step_cells(kiln, peer)])
+            if self.arguments.as_peer:
+                same = self.kiln(*command, "--weights", "bf16_sr", "optimizer.states=bf16")
+                cells = step_cells(same, peer)
+                rows[-1] += [cells[0], cells[4], cells[6], cells[8]]
             print("  " + " | ".join(rows[-1]), file=sys.stderr, flush=True)
         self.table(f"Whole steps ({section})",
                    ["model", "batch", "kiln ms", "PyTorch ms", "kiln tokens/s", "PyTorch tokens/s", "ratio",
-                    "kiln MFU", "kiln GiB", "PyTorch GiB", "memory"], rows)  # fmt: skip
+                    "kiln MFU", "kiln GiB", "PyTorch GiB", "memory"]
+                   + ["bf16 ms", "ratio", "GiB", "memory"] * self.arguments.as_peer, rows)  # fmt: skip
 
     def attention(self):
         kiln = self.kiln("bench", "attention", "--device", "cuda")
@@ -217,6 +224,7 @@ def main():
     parser.add_argument("--limit", type=float, default=120, help="seconds of one command")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--no-peer", action="store_true", help="kiln alone")
+    parser.add_argument("--as-peer", action="store_true", help="time kiln with bf16 weights and states too")
     parser.add_argument("--work", default="runs/bench_gpu")
     parser.add_argument("--out", default="", help="also write the tables to this file, after each section")
     arguments = parser.parse_args()
