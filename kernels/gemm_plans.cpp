@@ -19,10 +19,6 @@ namespace {
 
 constexpr int kCandidates = 16, kRepeats = 3;
 
-// A candidate of at least kLongSeconds that is within kNear of the fastest is timed once more under sustained load:
-// kSettle seconds by itself until power and clocks have settled, then kMeasure seconds.
-constexpr double kLongSeconds = 50e-6, kNear = 1.12, kSettle = 0.06, kMeasure = 0.1;
-
 void check_lt(cublasStatus_t status, const char* call) {
   if (status != CUBLAS_STATUS_SUCCESS)
     fail(ExitCode::resource, "cuBLASLt: {} failed: {}", call, cublasLtGetStatusString(status));
@@ -134,31 +130,23 @@ struct GemmPlans::Impl {
                           stream);
   }
 
-  /// Seconds a call, of `calls` in a row; infinite when the candidate does not run.
-  double time(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace, int calls) const {
+  /// Seconds of one call; infinite when the candidate does not run.
+  double time_once(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace) const {
     check_cuda(cudaEventRecord(begin.get(), stream), "cudaEventRecord");
-    for (int i = 0; i < calls; ++i)
-      if (matmul(p, g, algo, workspace) != CUBLAS_STATUS_SUCCESS) return INFINITY;
+    if (matmul(p, g, algo, workspace) != CUBLAS_STATUS_SUCCESS) return INFINITY;
     check_cuda(cudaEventRecord(end.get(), stream), "cudaEventRecord");
     check_cuda(cudaEventSynchronize(end.get()), "cudaEventSynchronize");
     float ms = 0;
     check_cuda(cudaEventElapsedTime(&ms, begin.get(), end.get()), "cudaEventElapsedTime");
-    return 1e-3 * static_cast<double>(ms) / calls;
+    return 1e-3 * static_cast<double>(ms);
   }
 
-  /// The best of a few single calls, after one to warm up: at clocks that a step may not hold.
-  double time_short(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace) const {
-    double best = time(p, g, algo, workspace, 1);
-    if (best == INFINITY) return best;
-    best = INFINITY;
-    for (int i = 0; i < kRepeats; ++i) best = std::min(best, time(p, g, algo, workspace, 1));
+  /// The best of a few calls after one to warm up.
+  double time(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace) const {
+    if (time_once(p, g, algo, workspace) == INFINITY) return INFINITY;
+    double best = INFINITY;
+    for (int i = 0; i < kRepeats; ++i) best = std::min(best, time_once(p, g, algo, workspace));
     return best;
-  }
-
-  double time_sustained(const Problem& p, const Gemm& g, const cublasLtMatmulAlgo_t& algo, void* workspace,
-                        double seconds) const {
-    time(p, g, algo, workspace, static_cast<int>(kSettle / seconds) + 1);
-    return time(p, g, algo, workspace, static_cast<int>(kMeasure / seconds) + 1);
   }
 
   cublasLtMatmulAlgo_t choose(const Problem& p, const Gemm& g, void* workspace) const {
@@ -176,17 +164,14 @@ struct GemmPlans::Impl {
     // Timing overwrites C, and the real call comes after it. What is to be added to cannot be overwritten: the
     // heuristic's first choice stands (gradients begin by overwriting, so that this is rare).
     if (g.accumulate) return found.front().algo;
-    std::array<double, kCandidates> seconds{};
-    const auto last = seconds.begin() + count;
-    std::transform(found.begin(), found.begin() + count, seconds.begin(),
-                   [&](const auto& each) { return time_short(p, g, each.algo, workspace); });
-    const double shortest = *std::min_element(seconds.begin(), last);
-    if (shortest == INFINITY) fail(ExitCode::resource, "cuBLASLt: no algorithm runs the GEMM {}", key_of(g));
-    if (shortest >= kLongSeconds)
-      for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i)
-        seconds[i] =
-            seconds[i] <= kNear * shortest ? time_sustained(p, g, found[i].algo, workspace, seconds[i]) : INFINITY;
-    return found[static_cast<std::size_t>(std::min_element(seconds.begin(), last) - seconds.begin())].algo;
+    std::size_t best = 0;
+    double seconds = INFINITY;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+      const double candidate = time(p, g, found[i].algo, workspace);
+      if (candidate < seconds) best = i, seconds = candidate;
+    }
+    if (seconds == INFINITY) fail(ExitCode::resource, "cuBLASLt: no algorithm runs the GEMM {}", key_of(g));
+    return found[best].algo;
   }
 
   Plan& plan(const Gemm& g, void* workspace) {

@@ -30,10 +30,8 @@ struct Gemm {
 };
 
 /// cuBLASLt GEMMs whose algorithm is chosen once by shape: the fastest of the heuristic's candidates, timed on the
-/// first call's own operands. A training step is bound by the card's power, so that of long GEMMs the near-fastest are
-/// timed again under sustained load, where what needs less energy is faster: up to a second or two a shape, once.
-/// Choices are kept in a file, since another choice may round differently: a run repeats bit for bit as long as the
-/// file stands.
+/// first call's own operands. Choices are kept in a file, since another choice may round differently: a run repeats bit
+/// for bit as long as the file stands.
 ///
 /// floor  2mnk FLOPs over the tensor cores' rate, or A, B and C once over the memory's
 class GemmPlans {

@@ -81,9 +81,6 @@ void check_supported(const Config& config) {
   const bool gpu = config.run.device != Device::cpu && cuda_device_present();
   if (config.precision.weights != WeightPrecision::fp32 && !gpu && config.run.device != Device::cuda)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
-  const OptimizerOptions optimizer = optimizer_options(config);
-  if (gpu && optimizer.projector_states != StatePrecision::fp32)
-    refuse("optimizer.projector_states other than fp32 on a GPU", "fp32, or run.device: cpu");
   if (config.parallel.zero != 0) refuse("parallel.zero: 1", "parallel.zero: 0");
   check(!config.run.dir.empty(), "run.dir is missing; name the directory of the run");
   check(!config.model.preset.empty() || config.model.hidden.has_value(),

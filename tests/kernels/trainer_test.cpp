@@ -123,6 +123,7 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
       config.optimizer.projector = c.projector;
       config.optimizer.rank = 16;
       config.optimizer.refresh = 3;
+      check_supported(config);
       check_resume(config, scratch);
     }
 }
