@@ -25,6 +25,7 @@ struct BenchArguments {
   std::int64_t tokens = 0;                         // 0: the device's default
   int op_repeats = 20;                             // of attention, and of GEMMs on a GPU
   int micro_batches = 1, steps = 5, repeats = 5, threads = 0;
+  std::int64_t recompute_layers = 0;  // 0: all
   double clip_norm = 1.0;
   bool json = false;
 };
@@ -52,10 +53,11 @@ void print_step(const BenchArguments& a, const StepBench& b) {
                100 * op.seconds / b.step_seconds, op.flops / op.seconds / 1e9, op.bytes / op.seconds / 1e9);
 }
 
-Recompute parse_recompute(std::string_view name) {
+Recomputation parse_recompute(const BenchArguments& a) {
   for (const Recompute recompute : kRecomputes)
-    if (to_string(recompute) == name) return recompute;
-  fail(ExitCode::usage, "--recompute {}, expected none, norms or block", name);
+    if (to_string(recompute) == a.recompute)
+      return {recompute, a.recompute_layers > 0 ? a.recompute_layers : Recomputation::kAll};
+  fail(ExitCode::usage, "--recompute {}, expected none, norms or block", a.recompute);
 }
 
 void run_step(const BenchArguments& a) {
@@ -70,7 +72,7 @@ void run_step(const BenchArguments& a) {
                                       .steps = a.steps,
                                       .device = parse_device(a.device),
                                       .clip_norm = a.clip_norm,
-                                      .recompute = parse_recompute(a.recompute),
+                                      .recompute = parse_recompute(a),
                                       .masters = a.weights == "fp32",
                                       .gradients = config.precision.gradients,
                                       .update_in_backward = config.memory.update == UpdatePlacement::in_backward});
@@ -80,6 +82,7 @@ void run_step(const BenchArguments& a) {
             {"seq_len", a.seq_len},
             {"optimizer", a.optimizer},
             {"recompute", a.recompute},
+            {"recompute_layers", a.recompute_layers > 0 ? Json(a.recompute_layers) : Json(nullptr)},
             {"threads", thread_count()},
             {"device", bench.device},
             {"device_bytes", bench.device_bytes},
@@ -221,6 +224,9 @@ void add_bench_command(CLI::App& app) {
   step->add_option("--recompute", a->recompute, "none, norms or block; what is recomputed is no FLOP of the model")
       ->capture_default_str()
       ->check(CLI::IsMember({"none", "norms", "block"}));
+  step->add_option("--recompute-layers", a->recompute_layers,
+                   "the first so many; the others by the policy before; otherwise all")
+      ->check(CLI::PositiveNumber);
   step->add_option("--clip-norm", a->clip_norm, "0: no clipping")->capture_default_str();
   step->add_option("--seq", a->seq_len)->capture_default_str();
   step->add_option("--steps", a->steps)->capture_default_str()->check(CLI::PositiveNumber);

@@ -143,8 +143,18 @@ std::string_view to_string(Recompute recompute) {
   return "unknown";
 }
 
+Recompute Recomputation::of(std::int64_t layer) const {
+  if (layer < layers || policy == Recompute::none) return policy;
+  return policy == Recompute::block ? Recompute::norms : Recompute::none;
+}
+
+std::string to_string(const Recomputation& r) {
+  if (r.layers == Recomputation::kAll) return std::string(to_string(r.policy));
+  return fmt::format("{} of {} layers", to_string(r.policy), r.layers);
+}
+
 LlamaValues record_llama(Plan& plan, const LlamaConfig& c, const StorageLayout& layout, BatchShape batch,
-                         LlamaOutput output, std::int64_t positions, Recompute recompute) {
+                         LlamaOutput output, std::int64_t positions, Recomputation recompute) {
   const bool generating = output == LlamaOutput::last_logits;
   check(!generating || batch.sequences == 1, "generation records one sequence, found {}", batch.sequences);
   check(batch.seq_len <= positions, "sequence length {} exceeds the {} positions recorded", batch.seq_len, positions);
@@ -172,11 +182,11 @@ LlamaValues record_llama(Plan& plan, const LlamaConfig& c, const StorageLayout& 
     residual = out[2];
     return out;
   };
-  auto recomputed_from = [&](Recompute least, std::span<const ValueId> values) {
-    if (recompute < least) return;
-    for (const ValueId value : values) plan.recompute(value);
-  };
   for (std::int64_t l = 0; l < c.layers; ++l) {
+    auto recomputed_from = [&, policy = recompute.of(l)](Recompute least, std::span<const ValueId> values) {
+      if (policy < least) return;
+      for (const ValueId value : values) plan.recompute(value);
+    };
     const std::string at = fmt::format("layer{}.", l);
     const ValueId x = normalise(at + "norm1")[0];
     const ValueId qkv = plan.add1(linear, {x, weight()}, at + "qkv");

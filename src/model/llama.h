@@ -1,4 +1,6 @@
 #pragma once
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "graph/parameter.h"
@@ -76,6 +78,21 @@ enum class Recompute {
 inline constexpr Recompute kRecomputes[] = {Recompute::none, Recompute::norms, Recompute::block};
 std::string_view to_string(Recompute recompute);
 
+/// How the layers of a model recompute: the first `layers` so, the others by the policy before it. The first, since
+/// what is computed again for them takes the place of what later layers kept, whose gradients are done by then.
+struct Recomputation {
+  static constexpr std::int64_t kAll = std::numeric_limits<std::int64_t>::max();
+  Recompute policy = Recompute::none;
+  std::int64_t layers = kAll;
+
+  Recomputation() = default;
+  Recomputation(Recompute like, std::int64_t first = kAll) : policy(like), layers(first) {}
+  Recompute of(std::int64_t layer) const;
+  bool operator==(const Recomputation&) const = default;
+};
+/// "none", "norms", "block", or "block of 7 layers".
+std::string to_string(const Recomputation& recomputation);
+
 enum class LlamaOutput {
   losses,                // per token, forward only
   losses_and_gradients,  // call plan.backward(losses) next
@@ -97,8 +114,8 @@ struct LlamaValues {
 /// Records one forward pass into `plan`: embedding; per layer norm, fused QKV, RoPE, attention, output projection,
 /// residual + norm, fused gate/up, SwiGLU, down projection; final norm and head.
 /// `positions` is the length of the RoPE table and of the KV cache. Logits have the padded width. `recompute` says what
-/// plan.backward() will compute again.
+/// plan.backward() will compute again of each layer.
 LlamaValues record_llama(Plan& plan, const LlamaConfig& config, const StorageLayout& layout, BatchShape batch,
-                         LlamaOutput output, std::int64_t positions, Recompute recompute = Recompute::none);
+                         LlamaOutput output, std::int64_t positions, Recomputation recompute = {});
 
 }  // namespace kiln

@@ -233,6 +233,8 @@ const std::vector<Field>& fields() {
       KILN_FIELD("memory.budget", memory.budget, "bytes of one rank, such as 24GiB; auto: the GPU's memory"),
       KILN_FIELD("memory.recompute", memory.recompute,
                  "auto (the first that fits) | none | norms (outputs of norms and SwiGLU) | block (whole layers)"),
+      KILN_FIELD("memory.recompute_layers", memory.recompute_layers,
+                 "with norms or block: the first so many layers, the others by the policy before it; auto: all"),
       KILN_FIELD("memory.update", memory.update, "auto | after_backward | in_backward"),
       KILN_FIELD("parallel.zero", parallel.zero, "0 | 1"),
       KILN_FIELD("checkpoint.every", checkpoint.every, "steps between checkpoints; 0: only the last"),

@@ -82,6 +82,7 @@ struct Config {
   struct Memory {
     std::optional<std::uint64_t> budget;  // bytes
     std::optional<Recompute> recompute;
+    std::optional<std::int64_t> recompute_layers;  // the first so many; the others by the policy before
     UpdatePlacement update = UpdatePlacement::automatic;
   } memory;
   struct Parallel {

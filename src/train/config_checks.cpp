@@ -50,6 +50,14 @@ void check_rescue(const Config& config) {
         config.rescue.checkpoints);
 }
 
+void check_recompute(const Config& config) {
+  if (!config.memory.recompute_layers) return;
+  at_least("memory.recompute_layers", *config.memory.recompute_layers, 1);
+  check(config.memory.recompute && *config.memory.recompute != Recompute::none,
+        "memory.recompute_layers: {}, but memory.recompute is {}; set it to norms or block, or leave the number out",
+        *config.memory.recompute_layers, config.memory.recompute ? "none" : "auto");
+}
+
 }  // namespace
 
 void validate(const Config& config) {
@@ -64,6 +72,7 @@ void validate(const Config& config) {
   at_least("snapshots.every", config.snapshots.every, 0);
   check_averages(config.averages);
   check_rescue(config);
+  check_recompute(config);
   at_least("eval.every", config.eval.every, 0);
   at_least("eval.tokens", config.eval.tokens, 1);
   check(config.parallel.zero == 0 || config.parallel.zero == 1, "parallel.zero: {}, expected 0 or 1",

@@ -24,7 +24,14 @@ std::uint64_t evaluation_bytes(const Config& config, const TrainPlanOptions& tra
   return pack(plan, 1, backend).arena_bytes;
 }
 
-/// Every choice that the configuration leaves open, best first.
+/// The policy that the configuration sets, over its layers.
+Recomputation configured_recomputation(const Config& config) {
+  return {config.memory.recompute.value_or(Recompute::none),
+          config.memory.recompute_layers.value_or(Recomputation::kAll)};
+}
+
+/// Every choice that the configuration leaves open, best first. Choices of one micro-batch and policy stand together,
+/// by ascending layers and so descending bytes.
 std::vector<MemoryChoice> candidates(const Config& config, int ranks, const Backend& backend) {
   const BatchShape preferred = micro_batch(config, ranks, backend);
   std::vector<std::int64_t> sizes{preferred.sequences};
@@ -35,10 +42,14 @@ std::vector<MemoryChoice> candidates(const Config& config, int ranks, const Back
   }
   std::vector<Recompute> policies(std::begin(kRecomputes), std::end(kRecomputes));
   if (config.memory.recompute) policies = {*config.memory.recompute};
+  const std::int64_t layers = model_config(config).layers;
   const auto small = [&](std::int64_t size) { return size * 8 < preferred.sequences; };
   std::vector<MemoryChoice> list;
   auto add = [&](std::int64_t size, Recompute policy) {
-    list.push_back({.micro = {.sequences = size, .seq_len = config.data.seq_len}, .recompute = policy});
+    const BatchShape micro{.sequences = size, .seq_len = config.data.seq_len};
+    if (!config.memory.recompute && policy != Recompute::none)
+      for (std::int64_t first = 1; first < layers; ++first) list.push_back({micro, {policy, first}});
+    list.push_back({micro, config.memory.recompute ? configured_recomputation(config) : policy});
   };
   for (const Recompute policy : policies)
     for (const std::int64_t size : sizes)
@@ -52,15 +63,32 @@ std::vector<MemoryChoice> candidates(const Config& config, int ranks, const Back
 /// Index of the first choice within the budget, or the number of choices.
 std::size_t first_within(const std::vector<MemoryChoice>& list, const Config& config, std::uint64_t budget,
                          const Backend& backend, Communicator& communicator) {
-  std::size_t i = 0;
-  while (i < list.size() && packed_memory(config, list[i], backend, communicator).total() > budget) ++i;
-  return i;
+  const auto fits = [&](std::size_t i) {
+    return packed_memory(config, list[i], backend, communicator).total() <= budget;
+  };
+  for (std::size_t i = 0, end = 0; i < list.size(); i = end) {
+    const auto alike = [&](const MemoryChoice& other) {
+      return other.micro.sequences == list[i].micro.sequences && other.recompute.policy == list[i].recompute.policy;
+    };
+    while (end < list.size() && alike(list[end])) ++end;
+    if (!fits(end - 1)) continue;
+    std::size_t most = end - 1;  // fits; all before i do not
+    while (i < most) {
+      const std::size_t half = i + (most - i) / 2;
+      if (fits(half))
+        most = half;
+      else
+        i = half + 1;
+    }
+    return most;
+  }
+  return list.size();
 }
 
 }  // namespace
 
 MemoryChoice configured_memory(const Config& config, int ranks, const Backend& backend) {
-  return {.micro = micro_batch(config, ranks, backend), .recompute = config.memory.recompute.value_or(Recompute::none)};
+  return {.micro = micro_batch(config, ranks, backend), .recompute = configured_recomputation(config)};
 }
 
 TrainPlanOptions plan_options(const Config& config, const MemoryChoice& choice, const Backend& backend, int ranks) {

@@ -12,7 +12,7 @@ namespace kiln {
 /// What `auto` stands for in batch.micro and memory.recompute.
 struct MemoryChoice {
   BatchShape micro;
-  Recompute recompute = Recompute::none;
+  Recomputation recompute = {};
 };
 /// As configured, whatever the memory: `auto` is micro_batch() and no recomputation.
 MemoryChoice configured_memory(const Config& config, int ranks, const Backend& backend);
@@ -43,7 +43,8 @@ std::vector<std::int64_t> micro_batches_of(const Config& config, int ranks);
 
 /// The first within `budget` of: none, norms, block, each with micro-batches from micro_batch() down to an eighth of
 /// it, since a smaller micro-batch costs less time than computing layers again; then ever smaller ones, each with the
-/// cheapest recomputation. What the configuration sets is not varied. Nothing when none fits.
+/// cheapest recomputation. Of norms and block the fewest layers that suffice. What the configuration sets is not
+/// varied. Nothing when none fits.
 std::optional<MemoryChoice> memory_within(const Config& config, std::uint64_t budget, const Backend& backend,
                                           Communicator& communicator);
 

@@ -49,15 +49,20 @@ struct KeptElements {
 /// Of each layer the inputs of the two norms and what they put out, their two 1/rms, q, k, v, what attention puts out
 /// and the log of its denominator, gate, up and their product; less what is recomputed. The final norm keeps its input
 /// and 1/rms, the classifier the gradient of its input and the loss.
-KeptElements kept_elements(const LlamaConfig& c, Recompute recompute) {
+KeptElements kept_elements(const LlamaConfig& c, const Recomputation& recompute) {
   const std::int64_t heads = c.heads * c.head_dim, kv_heads = c.kv_heads * c.head_dim;
-  KeptElements layer{.real = 4 * c.hidden + 2 * heads + 2 * kv_heads + 3 * c.ffn, .f32 = c.heads + 2};
-  if (recompute == Recompute::norms) layer.real -= 2 * c.hidden + c.ffn;
-  if (recompute == Recompute::block) layer = {.real = c.hidden, .f32 = 1};
-  return {.real = c.layers * layer.real + 2 * c.hidden, .f32 = c.layers * layer.f32 + 2};
+  KeptElements kept{.real = 2 * c.hidden, .f32 = 2};
+  for (std::int64_t l = 0; l < c.layers; ++l) {
+    KeptElements layer{.real = 4 * c.hidden + 2 * heads + 2 * kv_heads + 3 * c.ffn, .f32 = c.heads + 2};
+    if (recompute.of(l) == Recompute::norms) layer.real -= 2 * c.hidden + c.ffn;
+    if (recompute.of(l) == Recompute::block) layer = {.real = c.hidden, .f32 = 1};
+    kept.real += layer.real;
+    kept.f32 += layer.f32;
+  }
+  return kept;
 }
 
-std::vector<MicroMemory> micro_table(const Config& config, Recompute recompute, const Site& site) {
+std::vector<MicroMemory> micro_table(const Config& config, const Recomputation& recompute, const Site& site) {
   std::vector<MicroMemory> table;
   for (const std::int64_t micro : micro_batches_of(config, site.communicator.size())) {
     const MemoryChoice choice{.micro = {.sequences = micro, .seq_len = config.data.seq_len}, .recompute = recompute};
@@ -67,7 +72,7 @@ std::vector<MicroMemory> micro_table(const Config& config, Recompute recompute, 
 }
 
 /// Memory grows with the micro-batch, so the largest that fits is found by halving.
-std::optional<std::int64_t> largest_micro(const Config& config, Recompute recompute, const Site& site) {
+std::optional<std::int64_t> largest_micro(const Config& config, const Recomputation& recompute, const Site& site) {
   if (!config.memory.budget) return {};
   const std::vector<std::int64_t> sizes = micro_batches_of(config, site.communicator.size());
   const auto fits = [&](std::int64_t micro) {

@@ -70,8 +70,8 @@ struct MemoryReport {
   std::string device;  // that it plans for
   LlamaConfig model;
   BatchShape micro;
-  Recompute recompute = Recompute::none;  // of `packed` and `micro` below
-  bool micro_is_timed = false;            // a run times neighbours of `micro` and may take one
+  Recomputation recompute = {};  // of `packed` and `micro` below
+  bool micro_is_timed = false;   // a run times neighbours of `micro` and may take one
   std::int64_t micro_batches = 1, rank = 0;
   StatePrecision states = StatePrecision::fp32, projector_states = StatePrecision::fp32;
   int ranks = 1;

@@ -42,9 +42,16 @@ Json recompute_json(const OptimizerMemory& memory) {
   return list;
 }
 
+/// null: all.
+Json layers_json(const Recomputation& recompute) {
+  return recompute.layers == Recomputation::kAll ? Json(nullptr) : Json(recompute.layers);
+}
+
 Json choice_json(const std::optional<MemoryChoice>& choice) {
   if (!choice) return nullptr;
-  return {{"micro", choice->micro.sequences}, {"recompute", to_string(choice->recompute)}};
+  return {{"micro", choice->micro.sequences},
+          {"recompute", to_string(choice->recompute.policy)},
+          {"recompute_layers", layers_json(choice->recompute)}};
 }
 
 /// Rows of a label and one cell for each optimizer.
@@ -121,9 +128,12 @@ void micro_rows(Table& table, const MemoryReport& report) {
             cells(report, [](M m) { return !has_rank(m.kind) ? std::string("-") : number_or_none(m.largest_rank); }));
 }
 
-/// "64 norms": a micro-batch and how it recomputes.
+/// "64 norms": a micro-batch and how it recomputes; "64 block:7" the first seven layers.
 std::string choice_text(const std::optional<MemoryChoice>& choice) {
-  return choice ? fmt::format("{} {}", choice->micro.sequences, to_string(choice->recompute)) : "none";
+  if (!choice) return "none";
+  std::string text = fmt::format("{} {}", choice->micro.sequences, to_string(choice->recompute.policy));
+  if (choice->recompute.layers != Recomputation::kAll) text += fmt::format(":{}", choice->recompute.layers);
+  return text;
 }
 
 void recompute_rows(Table& table, const MemoryReport& report) {
@@ -202,7 +212,8 @@ Json to_json(const MemoryReport& report) {
             {"parameters", report.model.parameter_count()},
             {"seq_len", report.micro.seq_len},
             {"micro", report.micro.sequences},
-            {"recompute", to_string(report.recompute)},
+            {"recompute", to_string(report.recompute.policy)},
+            {"recompute_layers", layers_json(report.recompute)},
             {"micro_batches", report.micro_batches},
             {"ranks", report.ranks},
             {"rank", report.rank},

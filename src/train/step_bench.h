@@ -16,7 +16,7 @@ struct StepBenchOptions {
   int steps = 5;
   Device device = Device::automatic;
   double clip_norm = 1.0;
-  Recompute recompute = Recompute::none;
+  Recomputation recompute = {};
   bool masters = true;  // on a GPU: f32 masters, else bf16 with stochastic rounding
   GradientPrecision gradients = GradientPrecision::automatic;
   bool update_in_backward = false;

@@ -15,7 +15,7 @@ struct TrainPlanOptions {
   int micro_batches = 1;   // a step, on each rank
   double clip_norm = 1.0;  // 0: no clipping
   StorageLayout layout = DType::f32;
-  Recompute recompute = Recompute::none;
+  Recomputation recompute = {};
   bool masters = false;  // bf16 weights are the upper halves of f32 masters
   /// Each update right after its gradient, so that the gradients never live together. A usage Error with more than one
   /// micro-batch, whose gradients must add up first, or with clipping, which waits for the norm of them all.

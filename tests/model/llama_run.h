@@ -10,8 +10,7 @@ namespace kiln {
 /// A recorded model with its memory: what the model tests run. The weights must outlive it.
 class LlamaRun {
  public:
-  LlamaRun(const ModelWeights& weights, DType dtype, BatchShape shape, LlamaOutput output,
-           Recompute recompute = Recompute::none)
+  LlamaRun(const ModelWeights& weights, DType dtype, BatchShape shape, LlamaOutput output, Recomputation recompute = {})
       : weights_(weights),
         tokens_({{shape.tokens()}, DType::i32}),
         targets_({{shape.tokens()}, DType::i32}),

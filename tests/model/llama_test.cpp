@@ -30,7 +30,7 @@ std::int64_t elements(const ParameterTable& table) {
                          [](std::int64_t sum, const Parameter& p) { return sum + p.shape.numel(); });
 }
 
-void check_gradients(const LlamaConfig& config, Recompute recompute = Recompute::none) {
+void check_gradients(const LlamaConfig& config, Recomputation recompute = {}) {
   const ModelWeights weights(config, DType::f64);
   initialise(weights, 7);
   const BatchShape shape{.sequences = 2, .seq_len = 9};
@@ -108,14 +108,15 @@ TEST_CASE("recomputation changes no bit of the loss or of any gradient") {
       tokens.push_back((5 * i + 3) % 13);
       targets.push_back(i % 7 == 4 ? -100 : (3 * i + 1) % 13);
     }
-    auto run = [&](Recompute recompute) {
+    auto run = [&](Recomputation recompute) {
       auto model = std::make_unique<LlamaRun>(weights, DType::f32, shape, LlamaOutput::losses_and_gradients, recompute);
       model->set_batch(tokens, targets);
       model->run();
       return model;
     };
     const auto none = run(Recompute::none);
-    for (const Recompute recompute : {Recompute::norms, Recompute::block}) {
+    for (const Recomputation recompute : {Recomputation(Recompute::norms), Recomputation(Recompute::norms, 2),
+                                          Recomputation(Recompute::block), Recomputation(Recompute::block, 1)}) {
       INFO(to_string(recompute) << (tied ? ", tied" : ""));
       const auto again = run(recompute);
       CHECK(same_bits(none->losses(), again->losses()));
@@ -129,6 +130,9 @@ TEST_CASE("recomputation changes no bit of the loss or of any gradient") {
 
 TEST_CASE("gradients of recomputed layers match central differences") {
   for (const Recompute recompute : {Recompute::norms, Recompute::block}) check_gradients(tiny_config(), recompute);
+  LlamaConfig three = tiny_config();
+  three.layers = 3;
+  check_gradients(three, {Recompute::block, 2});
 }
 
 /// Names of the nodes that run after the classifier, in order.
@@ -169,7 +173,7 @@ TEST_CASE("recomputation leaves of a layer what its policy says") {
   config.ffn = 128;
   config.head_dim = 12;
   const BatchShape shape{.sequences = 4, .seq_len = 64};
-  auto arena = [&](Recompute recompute, std::int64_t layers) {
+  auto arena = [&](Recomputation recompute, std::int64_t layers) {
     config.layers = layers;
     Plan plan;
     const LlamaValues values =
@@ -185,6 +189,14 @@ TEST_CASE("recomputation leaves of a layer what its policy says") {
   CHECK(none - norms == Approx(2 * c + f).epsilon(0.01));
   CHECK(block >= c);  // the residual input and 1/rms; gradients of parameters come on top in all three
   CHECK(none - block == Approx(3 * c + 2 * 48 + 2 * 24 + 4 + 3 * f + 1).epsilon(0.01));
+
+  // Each of the first layers takes off what all layers together take off on the mean.
+  const double all = arena(Recompute::norms, 12);
+  for (const std::int64_t first : {1, 4, 8})
+    CHECK((all - arena({Recompute::block, first}, 12)) / unit ==
+          Approx(static_cast<double>(first) * (norms - block)).epsilon(0.01));
+  CHECK(arena({Recompute::norms, 12}, 12) == all);
+  CHECK(to_string(Recomputation(Recompute::block, 4)) == "block of 4 layers");
 }
 
 TEST_CASE("the parameter table holds every element once") {

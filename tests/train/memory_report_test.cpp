@@ -168,8 +168,10 @@ TEST_CASE("Formula and counted states agree for every preset", "[memory_report]"
 
 TEST_CASE("The activations of the formula are those that each way to recompute leaves", "[memory_report]") {
   const auto communicator = make_local_communicator();
+  std::vector<Recomputation> ways(std::begin(kRecomputes), std::end(kRecomputes));
+  ways.insert(ways.end(), {{Recompute::norms, 3}, {Recompute::block, 1}});
   for (const std::string_view preset : {"llama_9m", "llama_350m"})
-    for (const Recompute recompute : kRecomputes) {
+    for (const Recomputation& recompute : ways) {
       CAPTURE(preset, to_string(recompute));
       Config config;
       config.model.preset = preset;
@@ -184,7 +186,7 @@ TEST_CASE("auto takes the first choice within the budget, and says what is missi
   const auto communicator = make_local_communicator();
   Backend& cpu = cpu_backend();
   Config config = small_config();
-  auto bytes = [&](std::int64_t micro, Recompute recompute) {
+  auto bytes = [&](std::int64_t micro, Recomputation recompute) {
     const MemoryChoice choice{.micro = {.sequences = micro, .seq_len = config.data.seq_len}, .recompute = recompute};
     return packed_memory(config, choice, cpu, *communicator).total();
   };
@@ -194,13 +196,21 @@ TEST_CASE("auto takes the first choice within the budget, and says what is missi
     CHECK(packed_memory(config, choice, cpu, *communicator).total() <= budget);
     return std::pair(choice.micro.sequences, choice.recompute);
   };
-  using Choice = std::pair<std::int64_t, Recompute>;
+  using Choice = std::pair<std::int64_t, Recomputation>;
   config.batch.sequences = 48;
+  config.model.layers = 6;
   config.batch.micro = 16;
   CHECK(bytes(16, Recompute::norms) < bytes(16, Recompute::none));
   CHECK(bytes(16, Recompute::block) < bytes(16, Recompute::norms));
   CHECK(choose_memory(config, cpu, *communicator).recompute == Recompute::none);  // no budget
-  for (const Recompute recompute : kRecomputes) CHECK(chosen(bytes(16, recompute)) == Choice(16, recompute));
+  CHECK(chosen(bytes(16, Recompute::none)) == Choice(16, Recompute::none));
+  for (const Recompute policy : {Recompute::norms, Recompute::block})
+    for (const std::int64_t layers : {1, 3, 4}) {
+      CAPTURE(to_string(policy), layers);
+      CHECK(bytes(16, {policy, layers}) < bytes(16, {policy, layers - 1}));
+      CHECK(chosen(bytes(16, {policy, layers})) == Choice(16, {policy, layers}));
+    }
+  CHECK(chosen(bytes(16, Recompute::block)).second.policy == Recompute::block);
   CHECK_THROWS_WITH(chosen(bytes(16, Recompute::block) - 1),
                     ContainsSubstring(std::to_string(bytes(16, Recompute::block))) &&
                         ContainsSubstring(std::to_string(bytes(16, Recompute::block) - 1)) &&
@@ -216,7 +226,7 @@ TEST_CASE("auto takes the first choice within the budget, and says what is missi
   CHECK(chosen(bytes(48, Recompute::none)) == Choice(48, Recompute::none));
   CHECK(chosen(bytes(48, Recompute::none) - 1) == Choice(24, Recompute::none));
   const std::uint64_t least = bytes(6, Recompute::none) - 1;  // an eighth of 48 and less is worth recomputing for
-  CHECK(chosen(least).second != Recompute::none);
+  CHECK(chosen(least).second.policy != Recompute::none);
   CHECK(chosen(least).first >= 6);
   config.memory.recompute = Recompute::none;
   CHECK(chosen(least).second == Recompute::none);
@@ -470,6 +480,7 @@ TEST_CASE("JSON holds exact bytes and the tables say what fits", "[memory_report
   CHECK(adamw.at("micro").at(2).at("fits") == true);
   CHECK(adamw.at("micro").at(3).at("fits") == false);
   CHECK(adamw.at("choice").at("recompute") == "none");
+  CHECK(adamw.at("choice").at("recompute_layers").is_null());
   CHECK(adamw.at("recompute").size() == 3);
   CHECK(adamw.at("recompute").at(2).at("bytes") < adamw.at("recompute").at(0).at("bytes"));
   CHECK(adamw.at("recompute").at(2).at("largest_micro") >= adamw.at("largest_micro"));
