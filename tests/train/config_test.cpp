@@ -47,7 +47,8 @@ TEST_CASE("values that do not fit together are refused") {
   CHECK_THAT(error("optimizer: {kind: fira, rank: 0}\n"), ContainsSubstring("optimizer.rank: 0"));
   CHECK_THAT(error("optimizer: {beta2: 1}\n"), ContainsSubstring("optimizer.beta2: 1"));
   CHECK_THAT(error("parallel: {zero: 2}\n"), ContainsSubstring("parallel.zero: 2"));
-  CHECK_THAT(error("memory: {recompute: block, recompute_layers: 0}\n"), ContainsSubstring("memory.recompute_layers: 0"));
+  CHECK_THAT(error("memory: {recompute: block, recompute_layers: 0}\n"),
+             ContainsSubstring("memory.recompute_layers: 0"));
   for (const char* recompute : {"auto", "none"})
     CHECK_THAT(error(fmt::format("memory: {{recompute: {}, recompute_layers: 2}}\n", recompute)),
                ContainsSubstring(fmt::format("memory.recompute_layers: 2, but memory.recompute is {}", recompute)));
