@@ -3,7 +3,7 @@
 
 Usage: python scripts/gpu/bench_gpu.py --kiln build/cuda/kiln [--sections step60,step,seq,attention,gemm,curve,generate,tests]
            [--shards 'data/shards/train*'] [--tests build/cuda/test_kernels] [--limit 120] [--steps 10] [--no-peer]
-           [--as-peer] [--work DIR] [--out results.md]
+           [--as-peer] [--within 0.6] [--work DIR] [--out results.md]
 
   step60     60M at 8, 32, 128 and 512 sequences of 256          seq        350M and 1B at 1024 and 2048
   step       130M, 350M and 1B at sequences of 256               attention  forward and backward, against SDPA
@@ -11,7 +11,8 @@ Usage: python scripts/gpu/bench_gpu.py --kiln build/cuda/kiln [--sections step60
   generate   a greedy text on GPU and CPU (from curve's model)   tests      the kernels' tests
 
 Rows of the step sections run kiln and the peer one after the other. Neither clips gradients. The peer is all bf16;
-kiln keeps fp32 masters and states, and with --as-peer is timed once more after the peer with bf16 weights and states.
+kiln keeps fp32 masters and states, and with --as-peer is timed once more after the peer with bf16 weights and states,
+with --within 0.6 in the fastest way to recompute within 60 % of the peer's bytes (both: with those weights and states).
 `curve` needs token shards of a vocabulary of at most 32000; `generate` needs
 curve's checkpoint in --work, and a tokenizer (--tokenizer FILE).
 """
@@ -85,22 +86,58 @@ class Bench:
     def steps(self, section):
         rows = []
         for size, seq, sequences in ROWS[section]:
-            count = self.arguments.steps if sequences * seq >= 32768 else 5 * self.arguments.steps
+            count = self.arguments.steps if size != "60m" or sequences * seq >= 32768 else 5 * self.arguments.steps
             command = ["bench", "step", "--device", "cuda", "--preset", f"llama_{size}", "--seq", seq, "--sequences",
                        sequences, "--steps", count, "--clip-norm", 0]  # fmt: skip
             kiln = self.kiln(*command)
             peer = self.peer("torch_step.py", "--size", size, "--seq", seq, "--sequences", sequences, "--steps", count,
                              "--clip-norm", 0)  # fmt: skip
             rows.append([size, f"{sequences} x {seq}", *step_cells(kiln, peer)])
-            if self.arguments.as_peer:
-                same = self.kiln(*command, "--weights", "bf16_sr", "optimizer.states=bf16")
-                cells = step_cells(same, peer)
-                rows[-1] += [cells[0], cells[4], cells[6], cells[8]]
+            for extra in self.extras():
+                options = self.recompute_within(size, seq, sequences, peer, extra) if extra["within"] else []
+                again = None if options is None else self.kiln(*command, *extra["options"], *options)
+                cells = step_cells(again, peer)
+                how = " ".join(options[1::2]) if options else "-"
+                rows[-1] += [cells[0], cells[4], cells[6], cells[8]] + ([how] if extra["within"] else [])
             print("  " + " | ".join(rows[-1]), file=sys.stderr, flush=True)
         self.table(f"Whole steps ({section})",
                    ["model", "batch", "kiln ms", "PyTorch ms", "kiln tokens/s", "PyTorch tokens/s", "ratio",
                     "kiln MFU", "kiln GiB", "PyTorch GiB", "memory"]
-                   + ["bf16 ms", "ratio", "GiB", "memory"] * self.arguments.as_peer, rows)  # fmt: skip
+                   + [cell for extra in self.extras() for cell in extra["header"]], rows)  # fmt: skip
+
+    def extras(self):
+        """What kiln is timed with once more, after the peer."""
+        bf16 = ["--weights", "bf16_sr", "optimizer.states=bf16"] if self.arguments.as_peer else []
+        ways = []
+        if self.arguments.as_peer:
+            ways.append({"options": bf16, "within": 0.0, "header": ["bf16 ms", "ratio", "GiB", "memory"]})
+        if self.arguments.within:
+            ways.append({"options": bf16, "within": self.arguments.within,
+                         "header": ["within, ms", "ratio", "GiB", "memory", "recompute"]})  # fmt: skip
+        return ways
+
+    def recompute_within(self, size, seq, sequences, peer, extra):
+        """Options of `kiln bench step` for the choice of `kiln plan` within a share of the peer's bytes, or None."""
+        if peer is None:
+            return None
+        config = self.work / "within.yaml"
+        config.write_text(
+            f"run: {{dir: {self.work / 'within'}, device: cuda}}\nmodel: {{preset: llama_{size}}}\n"
+            f"data: {{train: none, seq_len: {seq}}}\nbatch: {{sequences: {sequences}, micro: {sequences}}}\n"
+            "schedule: {kind: constant, peak_lr: 0.001, total_steps: 1}\noptimizer: {kind: adamw}\n"
+        )
+        sets = ["precision.weights=bf16_sr", "optimizer.states=bf16"] if extra["options"] else []
+        text = self.run([self.arguments.kiln, "plan", config, "--json", "--budget",
+                         int(extra["within"] * peer["peak_bytes"]), *sets])  # fmt: skip
+        if text is None:
+            return None
+        adamw = next(o for o in json.loads(text)["optimizers"] if o["optimizer"] == "adamw")
+        if adamw["choice"] is None:
+            return None
+        options = ["--recompute", adamw["choice"]["recompute"]]
+        if adamw["choice"]["recompute_layers"] is not None:
+            options += ["--recompute-layers", str(adamw["choice"]["recompute_layers"])]
+        return options
 
     def attention(self):
         kiln = self.kiln("bench", "attention", "--device", "cuda")
@@ -225,6 +262,7 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--no-peer", action="store_true", help="kiln alone")
     parser.add_argument("--as-peer", action="store_true", help="time kiln with bf16 weights and states too")
+    parser.add_argument("--within", type=float, default=0.0, help="time kiln within this share of the peer's bytes too")
     parser.add_argument("--work", default="runs/bench_gpu")
     parser.add_argument("--out", default="", help="also write the tables to this file, after each section")
     arguments = parser.parse_args()
