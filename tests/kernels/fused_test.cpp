@@ -1,4 +1,4 @@
-// Pairs of ops that the GPU runs as one kernel: against the CPU in fp64, and against their two nodes run apart.
+// Pairs of ops that the GPU runs as one group: against the CPU in fp64, and against their two nodes run apart.
 #include "catch.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/device_case.h"
@@ -125,7 +125,7 @@ Pair add_norm_pair(std::int64_t n, std::int64_t width, std::int64_t inner) {
       });
 }
 
-TEST_CASE("a projection added to the residual stream and normalised, in two kernels for three", "[gpu]") {
+TEST_CASE("a projection added to the residual stream and normalised, with one pass less over the activations", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
   check_pair(add_norm_pair(1, 64, 64), *gpu);
   check_pair(add_norm_pair(300, 512, 1376), *gpu);
