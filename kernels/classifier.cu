@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "graph/parameter.h"
+#include "kernels/aligned.h"
 #include "kernels/context.h"
 #include "kernels/gemm_hopper.h"
 #include "kernels/launch.cuh"
@@ -16,12 +17,12 @@ constexpr int kThreads = 512, kWarps = 8;
 /// Where the scratch of one chunk lies in the workspace.
 struct Scratch {
   std::int64_t rows, width, vocab;
-  std::size_t logits() const { return aligned(rows * vocab * 2); }
-  std::size_t scaled() const { return aligned(rows * width * 2); }
-  std::size_t parts() const { return aligned(rows * gemm_logits_parts(static_cast<int>(vocab)) * 4); }
-  std::size_t row() const { return aligned(rows * 4); }
+  std::size_t logits() const { return bytes_of(rows * vocab * 2); }
+  std::size_t scaled() const { return bytes_of(rows * width * 2); }
+  std::size_t parts() const { return bytes_of(rows * gemm_logits_parts(static_cast<int>(vocab)) * 4); }
+  std::size_t row() const { return bytes_of(rows * 4); }
   std::size_t bytes() const { return GemmPlans::kWorkspaceBytes + logits() + scaled() + parts() + 3 * row(); }
-  static std::size_t aligned(std::int64_t bytes) { return static_cast<std::size_t>((bytes + 255) / 256 * 256); }
+  static std::size_t bytes_of(std::int64_t bytes) { return aligned(static_cast<std::size_t>(bytes)); }
 };
 
 /// Tokens whose logits live at once: their memory stays near half a gigabyte, which keeps the traffic of the weight

@@ -20,7 +20,9 @@ struct Context {
   GemmPlans* gemms = nullptr;
   std::function<Buffer(std::size_t bytes, std::string_view what)> allocate;  // Backend::allocate
   std::function<SymmetricEigen&()> eigen;                                    // made at the first call
-  /// Of the kernel made last; a plan's kernels are made in the order in which they run.
+  /// Of the last kernel made that has an order; others, such as embedding, RoPE by itself, the gradient norm and
+  /// updates, leave it. A plan's kernels are made in the order in which they run. It changes the speed alone, never a
+  /// result.
   RowOrder last_order = RowOrder::ascending;
 
   /// The order for a kernel that can choose: it begins with the rows where the one before ended.

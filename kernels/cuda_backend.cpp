@@ -393,4 +393,7 @@ std::string runtime_version() {
   return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
 }
 
+std::string cublaslt_version() { return GemmPlans::library_version(); }
+std::string cusolver_version() { return SymmetricEigen::library_version(); }
+
 }  // namespace kiln::cuda

@@ -21,7 +21,10 @@ std::unique_ptr<Backend> make_backend(int device, int rank = 0);
 /// refuse with a usage Error.
 std::unique_ptr<Backend> make_planning_backend();
 
-/// "13.0"
+/// The runtime's, such as "13.0".
 std::string runtime_version();
+/// Of the libraries that this process loaded, such as "13.1.0".
+std::string cublaslt_version();
+std::string cusolver_version();
 
 }  // namespace kiln::cuda

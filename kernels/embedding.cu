@@ -2,6 +2,7 @@
 
 #include <cub/device/device_radix_sort.cuh>
 
+#include "kernels/aligned.h"
 #include "kernels/context.h"
 #include "kernels/launch.cuh"
 #include "kernels/vector.cuh"
@@ -92,7 +93,7 @@ __global__ void join_runs(SumArgs a) {
 /// Where the scratch of one gradient lies in its workspace.
 struct Scratch {
   std::int64_t count, width;
-  std::size_t array() const { return (static_cast<std::size_t>(count) * sizeof(std::int32_t) + 255) / 256 * 256; }
+  std::size_t array() const { return aligned(static_cast<std::size_t>(count) * sizeof(std::int32_t)); }
   std::size_t partial() const {
     const auto chunks = static_cast<std::size_t>((count + kChunk - 1) / kChunk);
     return chunks * 2 * static_cast<std::size_t>(width) * sizeof(float);

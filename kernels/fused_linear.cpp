@@ -1,12 +1,15 @@
 #include "kernels/context.h"
 #include "kernels/gemm_hopper.h"
+#include "kernels/linear.h"
 #include "kernels/rms_norm.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
 
-// A projection and what follows it in one GEMM (gemm_hopper.h). Each is checked against its two nodes run apart.
+// A projection and what follows it. RoPE, SwiGLU and its gradient are epilogues of our own GEMMs (gemm_hopper.h): one
+// kernel. The residual sum is C of cuBLASLt's product with beta 1, and the norm the kernel after it: two, and one pass
+// over the activations less. Tests hold each against its two nodes run apart.
 namespace kiln::cuda {
 namespace {
 
@@ -174,13 +177,18 @@ std::unique_ptr<Kernel> make_add_norm(const Nodes& nodes, Context& context) {
 
 std::size_t add_norm_workspace(const Nodes&) { return GemmPlans::kWorkspaceBytes; }
 
-void check_add_norm(const Nodes& nodes) { check_norm_width(nodes.inputs(1)[0]); }
+void check_add_norm(const Nodes& nodes) {
+  check_operands(nodes);
+  check_norm_width(nodes.inputs(1)[0]);
+}
 
 }  // namespace
 
-OpEntry linear_rope_entry() { return {.name = "linear", .second = "rope", .make = make_rope, .fuses = fuses_rope}; }
+OpEntry linear_rope_entry() {
+  return {.name = "linear", .second = "rope", .make = make_rope, .check = check_operands, .fuses = fuses_rope};
+}
 OpEntry linear_swiglu_entry() {
-  return {.name = "linear", .second = "swiglu", .make = make_swiglu, .fuses = fuses_swiglu};
+  return {.name = "linear", .second = "swiglu", .make = make_swiglu, .check = check_operands, .fuses = fuses_swiglu};
 }
 OpEntry linear_add_norm_entry() {
   return {.name = "linear",
@@ -191,7 +199,11 @@ OpEntry linear_add_norm_entry() {
           .fuses = fuses_add_norm};
 }
 OpEntry linear_swiglu_gradient_entry() {
-  return {.name = "linear_dx", .second = "swiglu_dx", .make = make_swiglu_gradient, .fuses = fuses_swiglu_gradient};
+  return {.name = "linear_dx",
+          .second = "swiglu_dx",
+          .make = make_swiglu_gradient,
+          .check = check_operands,
+          .fuses = fuses_swiglu_gradient};
 }
 
 }  // namespace kiln::cuda

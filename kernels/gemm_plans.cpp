@@ -241,4 +241,13 @@ void GemmPlans::save(const std::filesystem::path& file) const {
 
 bool GemmPlans::changed() const { return impl_->changed; }
 
+std::string GemmPlans::library_version() {
+  const auto part = [](libraryPropertyType which) {
+    int number = 0;
+    check_lt(cublasLtGetProperty(which, &number), "cublasLtGetProperty");
+    return number;
+  };
+  return fmt::format("{}.{}.{}", part(MAJOR_VERSION), part(MINOR_VERSION), part(PATCH_LEVEL));
+}
+
 }  // namespace kiln::cuda

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <string>
 
 #include "core/tensor.h"
 #include "ops/gemm.h"
@@ -49,6 +50,9 @@ class GemmPlans {
   void load(const std::filesystem::path& file);
   void save(const std::filesystem::path& file) const;
   bool changed() const;
+
+  /// cuBLASLt's, such as "13.1.0"; needs no device.
+  static std::string library_version();
 
  private:
   struct Impl;

@@ -1,19 +1,13 @@
-#include "ops/linear.h"
+#include "kernels/linear.h"
 
-#include "kernels/context.h"
+#include "ops/linear.h"
 
 namespace kiln::cuda {
 namespace {
 
 std::size_t gemm_workspace(const Nodes&) { return GemmPlans::kWorkspaceBytes; }
 
-void require_bf16(const Nodes& nodes) {
-  require(nodes.inputs()[0].dtype == DType::bf16, "{}: dtype {}, expected bf16", nodes.node().op->name(),
-          to_string(nodes.inputs()[0].dtype));
-}
-
-std::unique_ptr<Kernel> make_linear(const Nodes& nodes, Context& context) {
-  require_bf16(nodes);
+std::unique_ptr<Kernel> make_linear(const Nodes&, Context& context) {
   context.ascend();
   return simple_kernel([&context](const KernelArgs& args) {
     const Tensor &x = args.in[0], &w = args.in[1];
@@ -32,8 +26,7 @@ std::unique_ptr<Kernel> make_linear(const Nodes& nodes, Context& context) {
   });
 }
 
-std::unique_ptr<Kernel> make_input_gradient(const Nodes& nodes, Context& context) {
-  require_bf16(nodes);
+std::unique_ptr<Kernel> make_input_gradient(const Nodes&, Context& context) {
   context.ascend();
   return simple_kernel([&context](const KernelArgs& args) {
     const Tensor &dy = args.in[0], &w = args.in[1];
@@ -52,7 +45,6 @@ std::unique_ptr<Kernel> make_input_gradient(const Nodes& nodes, Context& context
 }
 
 std::unique_ptr<Kernel> make_weight_gradient(const Nodes& nodes, Context& context) {
-  require_bf16(nodes);
   context.ascend();
   const bool add = nodes.node().out.empty();
   return simple_kernel([&context, add](const KernelArgs& args) {
@@ -77,12 +69,22 @@ std::unique_ptr<Kernel> make_weight_gradient(const Nodes& nodes, Context& contex
 
 }  // namespace
 
-OpEntry linear_entry() { return {.name = "linear", .workspace_bytes = gemm_workspace, .make = make_linear}; }
+void check_operands(const Nodes& nodes) {
+  const std::vector<TensorSpec> in = nodes.inputs();
+  for (std::size_t i = 0; i < 2; ++i)
+    require(in[i].dtype == DType::bf16, "{}: operand {} {}, expected bf16", nodes.node().op->name(),
+            to_string(in[i].dtype), in[i].shape.str());
+}
+
+OpEntry linear_entry() {
+  return {.name = "linear", .workspace_bytes = gemm_workspace, .make = make_linear, .check = check_operands};
+}
 OpEntry linear_input_gradient_entry() {
-  return {.name = "linear_dx", .workspace_bytes = gemm_workspace, .make = make_input_gradient};
+  return {.name = "linear_dx", .workspace_bytes = gemm_workspace, .make = make_input_gradient, .check = check_operands};
 }
 OpEntry linear_weight_gradient_entry() {
-  return {.name = "linear_dw", .workspace_bytes = gemm_workspace, .make = make_weight_gradient};
+  return {
+      .name = "linear_dw", .workspace_bytes = gemm_workspace, .make = make_weight_gradient, .check = check_operands};
 }
 
 }  // namespace kiln::cuda

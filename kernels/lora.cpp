@@ -3,13 +3,14 @@
 #include "optim/lora.h"
 
 #include "base/rng.h"
+#include "kernels/aligned.h"
 #include "kernels/low_rank_group.h"
 
 namespace kiln::cuda {
 namespace {
 
-std::size_t aligned(std::int64_t elements, std::size_t size) {
-  return (static_cast<std::size_t>(elements) * size + 255) / 256 * 256;
+std::size_t bytes_of(std::int64_t elements, std::size_t size) {
+  return aligned(static_cast<std::size_t>(elements) * size);
 }
 
 /// What a matrix needs beside its states: the change of W takes the place of G in bf16.
@@ -17,11 +18,11 @@ struct Sizes {
   std::size_t left, right, db, da, product, thresholds = 256;
 
   Sizes(const LowRankGeometry& at)
-      : left(aligned(std::int64_t{2} * at.m * at.rank, 2)),
-        right(aligned(std::int64_t{2} * at.rank * at.n, 2)),
-        db(aligned(std::int64_t{1} * at.m * at.rank, sizeof(float))),
-        da(aligned(std::int64_t{1} * at.rank * at.n, sizeof(float))),
-        product(aligned(std::int64_t{1} * at.m * at.n, sizeof(float))) {}
+      : left(bytes_of(std::int64_t{2} * at.m * at.rank, 2)),
+        right(bytes_of(std::int64_t{2} * at.rank * at.n, 2)),
+        db(bytes_of(std::int64_t{1} * at.m * at.rank, sizeof(float))),
+        da(bytes_of(std::int64_t{1} * at.rank * at.n, sizeof(float))),
+        product(bytes_of(std::int64_t{1} * at.m * at.n, sizeof(float))) {}
   std::size_t bytes() const { return left + right + db + da + product + thresholds + GemmPlans::kWorkspaceBytes; }
 };
 

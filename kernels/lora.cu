@@ -106,7 +106,6 @@ struct Place {
 };
 
 __device__ void store_half(std::uint16_t* to, const Float8& x) { *reinterpret_cast<uint4*>(to) = pack(x).bits; }
-__device__ void store_whole(float* to, const Float8& x) { store_state(to, x, 0, 0, 0); }
 
 /// Eight neighbours of A, drawn; zero in padding.
 __device__ Float8 drawn(const LoraMatrix& t, std::int64_t at, std::int64_t step) {

@@ -5,13 +5,12 @@
 #include <utility>
 
 #include "graph/parameter.h"
+#include "kernels/aligned.h"
 #include "kernels/launch.cuh"
 #include "optim/projector.h"
 
 namespace kiln::cuda {
 namespace {
-
-std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// What a plan sets aside for the solver, which tells its need only on a device: 2 n^2 + 6 n + 1 numbers is LAPACK's
 /// for this method (dsyevd), and half as much again is left for blocks.

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) leading_of(const double* vectors, in
   const int column = static_cast<int>(blockIdx.x), me = static_cast<int>(threadIdx.x);
   const double* vector = vectors + static_cast<std::int64_t>(side - 1 - column) * side;
   largest[me] = -1;
-  where[me] = side;
+  where[me] = 0;  // also of a vector that has no largest: of NaN alone
   for (int i = me; i < side; i += kThreads)
     if (fabs(vector[i]) > largest[me]) largest[me] = fabs(vector[i]), where[me] = i;
   for (int half = kThreads / 2; half > 0; half /= 2) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/rng.h"
+#include "kernels/aligned.h"
 #include "kernels/low_rank_one.h"
 #include "optim/projector.h"
 
@@ -12,7 +13,6 @@ namespace {
 constexpr int kTileSide = 128, kAlignment = 8;  // kTileSide also of panels
 static_assert(kOneRows == kTileSide);           // pieces of a basis
 
-std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 std::size_t projected_bytes(const LowRankGeometry& at) {
   return aligned(sizeof(float) * static_cast<std::size_t>(at.vectors()) * static_cast<std::size_t>(at.rank));
 }

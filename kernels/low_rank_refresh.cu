@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels/aligned.h"
 #include "kernels/launch.cuh"
 #include "kernels/low_rank_cholesky.cuh"
 #include "kernels/low_rank_rotate.cuh"
@@ -144,7 +145,7 @@ __device__ __noinline__ void load_basis(const LowRankMatrix& t, const CodeMaps* 
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i * 8 < elements;
        i += threads)
-    store_state(t.q + i * 8, access.values(access.load(t.projector, i * 8), StateValues::any), 0, 0, 0);
+    store_whole(t.q + i * 8, access.values(access.load(t.projector, i * 8), StateValues::any));
 }
 /// Stores this thread's part of a basis, and leaves in `basis` what later steps will see of it.
 template <typename State>
@@ -157,7 +158,7 @@ __device__ __noinline__ void store_basis(const LowRankMatrix& t, float* basis, c
     const bool inside = i * 8 < elements;
     const std::int64_t at = inside ? i * 8 : 0;  // 0: beside others of its warp
     const Float8 seen = access.store_nearest(t.projector, at, load_state(basis + at), StateValues::any, inside);
-    if (inside) store_state(basis + at, seen, 0, 0, 0);
+    if (inside) store_whole(basis + at, seen);
   }
 }
 
@@ -257,8 +258,6 @@ __global__ void __launch_bounds__(kTileThreads)
     store_basis_of(const LowRankMatrix* matrices, int index, float* basis, const CodeMaps* maps) {
   store_basis<State>(matrices[index], basis, maps);
 }
-
-std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// Calls visit(pointer of the scratch, bytes) for each of its arrays.
 template <typename F>

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/rng.h"
+#include "kernels/aligned.h"
 #include "kernels/launch.cuh"
 #include "kernels/low_rank_group.h"
 
@@ -14,18 +15,19 @@ namespace kiln::cuda {
 namespace {
 
 constexpr std::size_t kBatchBytes = std::size_t{64} << 20;  // of the iteration's operands, where more than one fits
-constexpr std::int64_t kAligned = 128;                      // elements between the starts of two matrices
 
-std::int64_t aligned(std::int64_t elements) { return (elements + kAligned - 1) / kAligned * kAligned; }
-std::size_t aligned_bytes(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+/// Elements from one matrix of bf16 to the next.
+std::int64_t stride_of(std::int64_t elements) {
+  return static_cast<std::int64_t>(aligned(static_cast<std::size_t>(2 * elements)) / 2);
+}
 
 /// Matrices of one shape whose products are batched: [first, first + count) in the layout's order.
 struct Batch {
   int first, count;
   std::int64_t m, n;
   std::int64_t side() const { return std::min(m, n); }
-  std::int64_t stride() const { return aligned(m * n); }
-  std::int64_t gram_stride() const { return aligned(side() * side()); }
+  std::int64_t stride() const { return stride_of(m * n); }
+  std::int64_t gram_stride() const { return stride_of(side() * side()); }
   /// Two of X and two of its Gram matrix, in bf16.
   std::size_t bytes() const { return 4 * static_cast<std::size_t>(count * (stride() + gram_stride())); }
 };
@@ -52,8 +54,8 @@ struct Layout {
     for (const Batch& batch : batches) batch_bytes = std::max(batch_bytes, batch.bytes());
   }
   int pieces() const { return first_piece.back(); }
-  std::size_t parts_bytes() const { return aligned_bytes(sizeof(double) * static_cast<std::size_t>(pieces())); }
-  std::size_t inverse_bytes() const { return aligned_bytes(sizeof(float) * order.size()); }
+  std::size_t parts_bytes() const { return aligned(sizeof(double) * static_cast<std::size_t>(pieces())); }
+  std::size_t inverse_bytes() const { return aligned(sizeof(float) * order.size()); }
   std::size_t bytes() const { return parts_bytes() + inverse_bytes() + batch_bytes + GemmPlans::kWorkspaceBytes; }
 };
 

@@ -32,9 +32,13 @@ __device__ inline Float8 load_state(const float* p) {
   return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 __device__ inline Float8 load_state(const bf16* p) { return unpack(load8(p)); }
-__device__ inline void store_state(float* p, const Float8& x, std::uint64_t, std::uint64_t, std::int64_t) {
+/// f32 takes no draws.
+__device__ inline void store_whole(float* p, const Float8& x) {
   reinterpret_cast<float4*>(p)[0] = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
   reinterpret_cast<float4*>(p)[1] = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
+}
+__device__ inline void store_state(float* p, const Float8& x, std::uint64_t, std::uint64_t, std::int64_t) {
+  store_whole(p, x);
 }
 __device__ inline uint4 round_stochastically(const Float8& x, uint4 random) {
   auto two = [&](int i, std::uint32_t bits) {

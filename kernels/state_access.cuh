@@ -77,7 +77,7 @@ struct StateAccess {
       store8(static_cast<bf16*>(p.data) + at, half);
       return unpack(half);
     } else {
-      store_state(static_cast<float*>(p.data) + at, x, 0, 0, 0);
+      store_whole(static_cast<float*>(p.data) + at, x);
       return x;
     }
   }

@@ -79,4 +79,13 @@ void SymmetricEigen::solve(std::int64_t n, double* matrix, double* values, int* 
                "cusolverDnXsyevd");
 }
 
+std::string SymmetricEigen::library_version() {
+  const auto part = [](libraryPropertyType which) {
+    int number = 0;
+    check_solver(cusolverGetProperty(which, &number), "cusolverGetProperty");
+    return number;
+  };
+  return fmt::format("{}.{}.{}", part(MAJOR_VERSION), part(MINOR_VERSION), part(PATCH_LEVEL));
+}
+
 }  // namespace kiln::cuda

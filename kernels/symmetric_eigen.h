@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <string_view>
 
 #include "core/tensor.h"
@@ -29,6 +30,9 @@ class SymmetricEigen {
   /// go to `values` [n]. `status` [1], on the device: 0, or a positive number where the iteration did not converge.
   /// `workspace` has `bytes`.
   void solve(std::int64_t n, double* matrix, double* values, int* status, void* workspace, std::size_t bytes);
+
+  /// cuSOLVER's, such as "12.0.4"; needs no device.
+  static std::string library_version();
 
  private:
   struct Impl;

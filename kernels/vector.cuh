@@ -24,11 +24,9 @@ struct Float8 {
 };
 
 __device__ inline Bf16x8 load8(const bf16* p) { return {*reinterpret_cast<const uint4*>(p)}; }
+__device__ inline void store8(bf16* p, Bf16x8 x) { *reinterpret_cast<uint4*>(p) = x.bits; }
 /// For data that nobody reads again soon.
 __device__ inline Bf16x8 load8_streaming(const bf16* p) { return {__ldcs(reinterpret_cast<const uint4*>(p))}; }
-__device__ inline void store8(bf16* p, Bf16x8 x) { *reinterpret_cast<uint4*>(p) = x.bits; }
-
-/// Likewise.
 __device__ inline void store8_streaming(bf16* p, Bf16x8 x) { __stcs(reinterpret_cast<uint4*>(p), x.bits); }
 
 __device__ inline Float8 unpack(Bf16x8 x) {
@@ -57,6 +55,7 @@ __device__ inline Bf16x8 pack(const Float8& x) {
 /// instruction.
 template <int kSlots, int kSlot = 0>
 __device__ void wait_for_slot(int slot, int threads) {
+  static_assert(kSlots <= 15, "a block has 16 barriers, and barrier 0 is __syncthreads()'s");
   if constexpr (kSlot < kSlots) {
     if (slot != kSlot) return wait_for_slot<kSlots, kSlot + 1>(slot, threads);
     asm volatile("bar.sync %0, %1;" ::"n"(kSlot + 1), "r"(threads) : "memory");

@@ -58,21 +58,26 @@ struct Finding {
   std::string what, state, advice;
 };
 
-Finding cuda_finding() {
-  const DeviceInfo info = cuda_info();
-  if (!info.compiled)
-    return {"CUDA backend", "not compiled in", "install the CUDA Toolkit and build with --preset cuda"};
+constexpr const char* kNotCompiled = "not compiled in";
+
+Finding cuda_finding(const DeviceInfo& info) {
+  if (!info.compiled) return {"CUDA backend", kNotCompiled, "install the CUDA Toolkit and build with --preset cuda"};
   if (info.devices.empty())
     return {"CUDA backend", fmt::format("CUDA {}, no device: {}", info.runtime, info.why_none),
             "train with run.device: cpu"};
   return {"CUDA backend", fmt::format("CUDA {}: {}", info.runtime, fmt::join(info.devices, ", ")), ""};
 }
 
+/// A library that is compiled in where its version is known.
+Finding library(const std::string& name, const std::string& version, const std::string& advice) {
+  return {name, version.empty() ? kNotCompiled : version, version.empty() ? advice : ""};
+}
+
 std::vector<Finding> examine() {
   const std::string memory = proc_value("/proc/meminfo", "MemTotal");
   const std::uint64_t bytes = std::strtoull(memory.c_str(), nullptr, 10) * 1024;
-  const std::string nccl = nccl_version();
-  const std::string mpi = mpi_library(), mpirun = find_program("mpirun");
+  const DeviceInfo cuda = cuda_info();
+  const std::string mpirun = find_program("mpirun");
   std::vector<Finding> list{
       {"processor",
        fmt::format("{}, {} processors", proc_value("/proc/cpuinfo", "model name"), std::thread::hardware_concurrency()),
@@ -81,11 +86,12 @@ std::vector<Finding> examine() {
       {"memory", human_bytes(bytes), ""},
       {"compiler", fmt::format("{}", __VERSION__), ""},
       {"CPU backend", "available", ""},
-      {"MPI", mpi.empty() ? "not compiled in" : mpi, mpi.empty() ? "install libopenmpi-dev and configure again" : ""},
+      library("MPI", mpi_library(), "install libopenmpi-dev and configure again"),
       {"mpirun", mpirun.empty() ? "not found" : mpirun, mpirun.empty() ? "install openmpi-bin" : ""},
-      cuda_finding(),
-      {"NCCL", nccl.empty() ? "not compiled in" : nccl,
-       nccl.empty() ? "needed for several GPUs; install NCCL and build with --preset cuda" : ""}};
+      cuda_finding(cuda),
+      library("cuBLASLt", cuda.cublaslt, "comes with the CUDA backend"),
+      library("cuSOLVER", cuda.cusolver, "comes with the CUDA backend"),
+      library("NCCL", nccl_version(), "needed for several GPUs; install NCCL and build with --preset cuda")};
   return list;
 }
 

@@ -92,7 +92,7 @@ class Backend {
   virtual void check_kernel(const Plan& plan, NodeGroup group) const = 0;
   /// A usage Error names the op when the device has no kernel for it, or none for its shapes.
   virtual std::unique_ptr<Kernel> kernel(const Plan& plan, NodeGroup group) = 0;
-  /// Whether a kernel of the plan waits for the device, so that the plan can not be recorded; known without a device.
+  /// Whether a kernel of the plan waits for the device, so that the plan cannot be recorded; known without a device.
   virtual bool blocks_host(const Plan& plan) const = 0;
   /// Of work that runs `plan`: records it, unless that blocks the host.
   virtual std::unique_ptr<Replay> replay(const Plan& plan) = 0;

@@ -125,6 +125,8 @@ std::string to_yaml(const Config& config);
 void validate(const Config& config);
 /// Refuses, in a sentence, settings that the contract names and this build cannot do; called before training.
 void check_supported(const Config& config);
+/// The same where run.device: auto means `automatic`, cpu or cuda, whatever this machine has.
+void check_supported(const Config& config, Device automatic);
 
 /// A page of every key, its default and meaning.
 std::string config_help();

@@ -82,19 +82,23 @@ void validate(const Config& config) {
   if (!config.model.preset.empty() || config.model.hidden) model_config(config).validate();
 }
 
-void check_supported(const Config& config) {
+void check_supported(const Config& config, Device automatic) {
   auto refuse = [](std::string_view setting, std::string_view use) {
     fail(ExitCode::usage, "{} is not available in this version; use {}", setting, use);
   };
   // Without a device, run.device: cuda is refused where it is opened, which knows why there is none.
-  const bool gpu = config.run.device != Device::cpu && cuda_device_present();
-  if (config.precision.weights != WeightPrecision::fp32 && !gpu && config.run.device != Device::cuda)
+  const Device device = config.run.device == Device::automatic ? automatic : config.run.device;
+  if (config.precision.weights != WeightPrecision::fp32 && device == Device::cpu)
     refuse("precision.weights: bf16_sr on the CPU", "precision.weights: fp32, or a GPU");
   if (config.parallel.zero != 0) refuse("parallel.zero: 1", "parallel.zero: 0");
   check(!config.run.dir.empty(), "run.dir is missing; name the directory of the run");
   check(!config.model.preset.empty() || config.model.hidden.has_value(),
         "model is missing; set model.preset, or model.hidden with the other sizes");
   check(!config.data.train.empty(), "data.train is missing; name token shards, made with `kiln tokenize`");
+}
+
+void check_supported(const Config& config) {
+  check_supported(config, cuda_device_present() ? Device::cuda : Device::cpu);
 }
 
 }  // namespace kiln

@@ -14,6 +14,8 @@ bool cuda_device_present() { return cuda::device_count() > 0; }
 DeviceInfo cuda_info() {
   return {.compiled = true,
           .runtime = cuda::runtime_version(),
+          .cublaslt = cuda::cublaslt_version(),
+          .cusolver = cuda::cusolver_version(),
           .why_none = cuda::why_no_device(),
           .devices = cuda::device_names()};
 }

@@ -15,7 +15,8 @@ bool cuda_device_present();
 /// What CUDA finds here.
 struct DeviceInfo {
   bool compiled = false;
-  std::string runtime, why_none;
+  std::string runtime, cublaslt, cusolver;  // versions
+  std::string why_none;
   std::vector<std::string> devices;  // names
 };
 DeviceInfo cuda_info();

@@ -43,7 +43,12 @@ TEST_CASE("train, merge, evaluate, generate, export and report work on one anoth
   CHECK(at("KILN report DIR/run DIR/more --out DIR/report.html").code == 0);
   CHECK(fs::file_size(at.dir / "report.html") > 5000);
   CHECK(at("KILN plan DIR/c.yaml").code == 0);
-  CHECK(at("KILN doctor --json").code == 0);
+  const Outcome doctor = at("KILN doctor --json");
+  CHECK(doctor.code == 0);
+  const Json findings = Json::parse(doctor.text);
+  const bool cuda = findings.at("CUDA backend").at("state") != "not compiled in";
+  for (const char* library : {"cuBLASLt", "cuSOLVER"})
+    CHECK((findings.at(library).at("state") != "not compiled in") == cuda);
   CHECK(at("KILN generate DIR/merged --prompt x").code == 3);  // no tokenizer in it
 }
 

@@ -1,11 +1,14 @@
 #include "kernels/device_case.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "catch.h"
 #include "graph/parameter.h"
 #include "ops/last_row.h"
+#include "ops/linear.h"
+#include "ops/swiglu.h"
 
 namespace kiln::test {
 namespace {
@@ -184,6 +187,30 @@ void check_close(const std::string& name, const DeviceRun& found, const DeviceRu
 void check_case(const DeviceCase& c, Backend& gpu) {
   INFO(c.name);
   check_close(c.name, run_case(c, gpu), run_case(c, cpu_backend()));
+}
+
+void check_row_order(const DeviceCase& c, Backend& gpu) {
+  const auto run_after = [&](int turns) {
+    const std::size_t own = c.inputs.size();
+    DeviceCase led = c;
+    led.inputs.push_back(bf16({8, 8}));
+    led.inputs.push_back(bf16({1, 16}));
+    led.record = [&c, own, turns](Plan& plan, const std::vector<ValueId>& in) {
+      plan.add1(std::make_shared<Linear>(), {in[own], in[own]}, "ascending");
+      for (int i = 0; i < turns; ++i) plan.add1(std::make_shared<SwiGlu>(), {in[own + 1]}, "turn");
+      return c.record(plan, {in.begin(), in.begin() + static_cast<std::ptrdiff_t>(own)});
+    };
+    return run_case(led, gpu);
+  };
+  const DeviceRun one = run_after(0), other = run_after(1);
+  REQUIRE(one.results.size() == other.results.size());
+  CHECK(other.groups == one.groups + 1);
+  for (std::size_t i = 0; i < one.results.size(); ++i) {
+    INFO(c.name << ": value " << i << " in both orders of the rows");
+    const std::vector<double>& values = one.results[i].values;
+    CHECK(std::ranges::all_of(values, [](double x) { return std::isfinite(x); }));
+    CHECK(values == other.results[i].values);
+  }
 }
 
 std::vector<ValueId> add_parameter_gradient(Plan& plan, const OpPtr& op, const std::vector<ValueId>& inputs,

@@ -62,6 +62,10 @@ double relative_error(const std::vector<double>& found, const std::vector<double
 void check_close(const std::string& name, const DeviceRun& found, const DeviceRun& expected);
 /// The GPU against the CPU.
 void check_case(const DeviceCase& c, Backend& gpu);
+/// Both orders of the rows (kernels/row_order.h) leave the same bits. A kernel that has an order takes the opposite of
+/// the one before it, and a product by cuBLASLt counts as ascending. So the case runs twice: right after such a
+/// product, and after a product and one kernel that turns, which has each kernel of the case turn the other way.
+void check_row_order(const DeviceCase& c, Backend& gpu);
 
 /// Records `op` on `inputs` as what gives the gradient of a parameter, its output `gradient`, so that it adds up over
 /// micro-batches as in training. Returns the op's outputs.

@@ -1,4 +1,4 @@
-// Pairs of ops that the GPU runs as one kernel: against the CPU in fp64, and against their two nodes run apart.
+// Pairs of ops that the GPU runs as one group: against the CPU in fp64, and against their two nodes run apart.
 #include "catch.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/device_case.h"
@@ -125,7 +125,7 @@ Pair add_norm_pair(std::int64_t n, std::int64_t width, std::int64_t inner) {
       });
 }
 
-TEST_CASE("a projection that is added to the residual stream and normalised, in two kernels for three", "[gpu]") {
+TEST_CASE("a projection added to the residual stream and normalised, with one pass less over the activations", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
   check_pair(add_norm_pair(1, 64, 64), *gpu);
   check_pair(add_norm_pair(300, 512, 1376), *gpu);
@@ -164,6 +164,23 @@ TEST_CASE("attention's gradient with the inverse rotation in one kernel", "[gpu]
   for (const std::int64_t dim : {32, 64})
     for (const std::int64_t tokens : {65, 200})
       check_pair(attention_pair({.heads = 3, .kv_heads = 3, .head_dim = dim, .seq_len = tokens}, 3), *gpu);
+}
+
+TEST_CASE("no fused kernel depends on the order in which it takes the rows", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (const std::int64_t n : {1, 129, 515, 1000}) {  // tiles and pairs of them have 128 or 256 rows
+    check_row_order(swiglu_pair(n, 136, 256).fused, *gpu);
+    check_row_order(swiglu_pair(n, 512, 1376).fused, *gpu);
+    check_row_order(swiglu_gradient_pair(n, 136, 256).fused, *gpu);
+    check_row_order(swiglu_gradient_pair(n, 512, 1376).fused, *gpu);
+  }
+  check_row_order(rope_pair({.heads = 4, .kv_heads = 2, .head_dim = 32, .seq_len = 77}, 5, 136).fused, *gpu);
+  check_row_order(rope_pair({.heads = 16, .kv_heads = 4, .head_dim = 64, .seq_len = 300}, 7, 1024).fused, *gpu);
+  check_row_order(rope_pair({.heads = 6, .kv_heads = 3, .head_dim = 128, .seq_len = 65}, 1, 768).fused, *gpu);
+  for (const std::int64_t dim : {32, 64, 128})
+    check_row_order(attention_pair({.heads = 4, .kv_heads = 2, .head_dim = dim, .seq_len = 300}, 3).fused, *gpu);
+  for (const std::int64_t dim : {32, 64})
+    check_row_order(attention_pair({.heads = 3, .kv_heads = 3, .head_dim = dim, .seq_len = 200}, 3).fused, *gpu);
 }
 
 }  // namespace

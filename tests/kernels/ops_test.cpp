@@ -13,6 +13,7 @@
 #include "ops/linear.h"
 #include "ops/loss_sum.h"
 #include "ops/rms_norm.h"
+#include "ops/rms_scale.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
 
@@ -186,6 +187,23 @@ TEST_CASE("RMS norm and its gradient on the GPU", "[gpu]") {
     }
 }
 
+/// What recomputation makes again of a norm's output.
+DeviceCase scale_case(std::int64_t n, std::int64_t width) {
+  return {.name = fmt::format("rms_scale N {} C {}", n, width),
+          .inputs = {bf16({n, width}), bf16({width}), f32({n})},
+          .record = [](Plan& plan, const Ids& in) {
+            return std::vector<Compared>{{plan.add1(std::make_shared<RmsScale>(), in, "y"), kOneRounding}};
+          }};
+}
+
+TEST_CASE("a norm's output made again on the GPU", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  for (std::int64_t seed = 0; seed < kDraws; ++seed) {
+    Draw draw(static_cast<std::uint64_t>(250 + seed));
+    check_case(scale_case(draw.between(1, 2000), any_width(draw)), *gpu);
+  }
+}
+
 AttentionShape draw_heads(Draw& draw) {
   AttentionShape shape;
   shape.head_dim = draw.pick({32, 64, 128});
@@ -222,24 +240,27 @@ TEST_CASE("RoPE and its gradient on the GPU", "[gpu]") {
   }
 }
 
+DeviceCase swiglu_case(std::int64_t n, std::int64_t width) {
+  return {.name = fmt::format("swiglu N {} F {}", n, width),
+          .inputs = {bf16({n, 2 * width}), bf16({n, width})},
+          .record =
+              [](Plan& plan, const Ids& in) {
+                const ValueId y = plan.add1(std::make_shared<SwiGlu>(), {in[0]}, "y");
+                const ValueId dx = plan.add1(std::make_shared<SwiGluGradient>(), in, "dx");
+                return std::vector<Compared>{{y, kOneRounding}, {dx, kOneRounding}};
+              },
+          .prepare =
+              [](Inputs& in) {
+                for (double& x : in[0].span<double>()) x *= 6;
+              }};
+}
+
 TEST_CASE("SwiGLU and its gradient on the GPU", "[gpu]") {
   const auto gpu = cuda::make_backend(0);
   for (std::int64_t seed = 0; seed < kDraws; ++seed) {
     Draw draw(static_cast<std::uint64_t>(400 + seed));
-    const std::int64_t n = draw.between(1, 400), width = draw.pick({8, 352, 1376, 2736, 5504});
-    check_case({.name = fmt::format("swiglu N {} F {}", n, width),
-                .inputs = {bf16({n, 2 * width}), bf16({n, width})},
-                .record =
-                    [](Plan& plan, const Ids& in) {
-                      const ValueId y = plan.add1(std::make_shared<SwiGlu>(), {in[0]}, "y");
-                      const ValueId dx = plan.add1(std::make_shared<SwiGluGradient>(), in, "dx");
-                      return std::vector<Compared>{{y, kOneRounding}, {dx, kOneRounding}};
-                    },
-                .prepare =
-                    [](Inputs& in) {
-                      for (double& x : in[0].span<double>()) x *= 6;
-                    }},
-               *gpu);
+    const std::int64_t n = draw.between(1, 400);
+    check_case(swiglu_case(n, draw.pick({8, 352, 1376, 2736, 5504})), *gpu);
   }
 }
 
@@ -281,6 +302,24 @@ TEST_CASE("attention and its gradient on the GPU", "[gpu]") {
     Draw draw(static_cast<std::uint64_t>(500 + seed));
     const AttentionShape shape = draw_heads(draw);
     check_case(attention_case(shape, draw.between(1, 5)), *gpu);
+  }
+}
+
+TEST_CASE("no op on the GPU depends on the order in which it takes the rows", "[gpu]") {
+  const auto gpu = cuda::make_backend(0);
+  // Rows of the norm go by eights, in its gradient by parts of 10 of 5003; vectors of the others by 256.
+  for (const std::int64_t n : {1, 65, 1001, 5003})
+    for (const std::int64_t width : {8, 136, 768, 1376, 4104})
+      for (const bool residual : {false, true}) check_row_order(norm_case(n, width, residual, !residual), *gpu);
+  for (const std::int64_t width : {8, 136, 1376}) {
+    check_row_order(scale_case(77, width), *gpu);
+    check_row_order(swiglu_case(77, width), *gpu);
+  }
+  for (const std::int64_t tokens : {65, 200, 300}) {
+    for (const std::int64_t dim : {32, 64, 128})
+      check_row_order(attention_case({.heads = 4, .kv_heads = 2, .head_dim = dim, .seq_len = tokens}, 3), *gpu);
+    for (const std::int64_t dim : {32, 64})  // in the kernel of short sequences, where they are
+      check_row_order(attention_case({.heads = 3, .kv_heads = 3, .head_dim = dim, .seq_len = tokens}, 3), *gpu);
   }
 }
 

@@ -128,5 +128,54 @@ TEST_CASE("every member on the GPU resumes bitwise, over a refresh, in every pre
     }
 }
 
+TEST_CASE("a run of Fira goes from the CPU to the GPU and back with the same states, bit for bit", "[gpu]") {
+  struct Case {
+    StatePrecision states, basis;
+  };
+  for (const Case& c :
+       {Case{StatePrecision::int8, StatePrecision::int8}, {StatePrecision::bf16, StatePrecision::bf16}}) {
+    INFO("states " << to_string(c.states) << ", basis " << to_string(c.basis));
+    const Scratch scratch;
+    Config on_cpu = make_config(scratch, "fp32");
+    on_cpu.optimizer.kind = OptimizerKind::fira;
+    on_cpu.optimizer.states = c.states;
+    on_cpu.optimizer.projector_states = c.basis;
+    on_cpu.optimizer.rank = 16;
+    on_cpu.optimizer.refresh = 3;
+    on_cpu.run.device = Device::cpu;
+    Config on_gpu = on_cpu;
+    on_gpu.run.device = Device::cuda;
+    const auto communicator = make_local_communicator();
+    const TrainerOptions quiet{.quiet = true, .write_files = false};
+    const auto save = [&](const Trainer& trainer, const Config& config) {
+      save_checkpoint(
+          fs::path(config.run.dir) / checkpoint_name(trainer.at().step),
+          {.weights = trainer.weights(), .states = trainer.states(), .config = to_json(config), .tokenizer = {}},
+          trainer.at());
+    };
+
+    Trainer first(on_cpu, *communicator, quiet);
+    for (int i = 0; i < 4; ++i) first.step();
+    save(first, on_cpu);
+    Trainer second(on_gpu, *communicator, quiet);
+    REQUIRE(second.resume_latest());
+    CHECK(second.at().step == 4);
+    const std::vector<std::byte> moved = bytes_of(second);
+    CHECK(moved == bytes_of(first));
+    const double expected = first.step().loss;  // what the CPU goes on with, the GPU does in bf16
+    CHECK(second.step().loss == Approx(expected).epsilon(1e-2));
+    for (int i = 0; i < 3; ++i) second.step();  // over a refresh
+    CHECK(bytes_of(second) != moved);
+    save(second, on_gpu);
+
+    Trainer third(on_cpu, *communicator, quiet);
+    REQUIRE(third.resume_latest());
+    CHECK(third.at().step == 8);
+    CHECK(bytes_of(third) == bytes_of(second));
+    const double last = second.step().loss;
+    CHECK(third.step().loss == Approx(last).epsilon(1e-2));
+  }
+}
+
 }  // namespace
 }  // namespace kiln::test

@@ -112,12 +112,17 @@ TEST_CASE("a member has its own defaults, and takes over from another only what 
   CHECK(optimizer_options(with_optimizer(fira, OptimizerKind::muon)).eps == 1e-7);
 }
 
+const std::string kWhole = "run: {dir: r}\nmodel: {preset: llama_9m}\ndata: {train: x}\n";
+const std::vector<Device> kDevices{Device::cpu, Device::cuda};  // that auto may stand for
+
+std::string_view name_of(Device device) { return device == Device::cuda ? "with a GPU" : "without a GPU"; }
+
 TEST_CASE("settings of the contract that this version lacks are refused by name") {
-  const std::string whole = "run: {dir: r}\nmodel: {preset: llama_9m}\ndata: {train: x}\n";
-  check_supported(parse(whole));
-  for (const char* setting : {"precision.weights=bf16_sr", "parallel.zero=1"}) {
-    INFO(setting);
-    CHECK_THROWS_WITH(check_supported(parse(whole, {setting})), ContainsSubstring("not available in this version"));
+  for (const Device automatic : kDevices) {
+    INFO(name_of(automatic));
+    check_supported(parse(kWhole), automatic);
+    CHECK_THROWS_WITH(check_supported(parse(kWhole, {"parallel.zero=1"}), automatic),
+                      ContainsSubstring("parallel.zero: 1 is not available in this version"));
   }
   CHECK_THROWS_WITH(check_supported(parse("model: {preset: llama_9m}\ndata: {train: x}\n")),
                     ContainsSubstring("run.dir is missing"));
@@ -125,11 +130,40 @@ TEST_CASE("settings of the contract that this version lacks are refused by name"
                     ContainsSubstring("data.train is missing"));
 }
 
-TEST_CASE("every configuration that ships loads, and the help names every key") {
-  for (const std::filesystem::path& path : expand_glob(KILN_SOURCE_DIR "/configs/*.yaml")) {
-    INFO(path.string());
-    check_supported(load_config(path, {}));
-  }
+TEST_CASE("weights in bf16 are refused on the CPU alone") {
+  const auto refused = [](Device automatic, std::vector<std::string> overrides) {
+    overrides.emplace_back("precision.weights=bf16_sr");
+    CHECK_THROWS_WITH(check_supported(parse(kWhole, overrides), automatic),
+                      ContainsSubstring("precision.weights: bf16_sr on the CPU is not available in this version"));
+  };
+  refused(Device::cpu, {});
+  for (const Device automatic : kDevices) refused(automatic, {"run.device=cpu"});
+  check_supported(parse(kWhole, {"precision.weights=bf16_sr"}), Device::cuda);
+  // Where there is no GPU, opening it says so.
+  check_supported(parse(kWhole, {"precision.weights=bf16_sr", "run.device=cuda"}), Device::cpu);
+}
+
+TEST_CASE("every precision of bases and every projector is supported with and without a GPU") {
+  for (const Device automatic : kDevices)
+    for (const char* kind : {"galore", "fira", "fira+"})
+      for (const char* basis : {"fp32", "bf16", "int8"})
+        for (const char* projector : {"power", "svd"}) {
+          INFO(kind << ", bases of " << basis << ", " << projector << ", " << name_of(automatic));
+          CHECK_NOTHROW(check_supported(parse(kWhole, {fmt::format("optimizer.kind={}", kind),
+                                                       fmt::format("optimizer.projector_states={}", basis),
+                                                       fmt::format("optimizer.projector={}", projector)}),
+                                        automatic));
+        }
+}
+
+TEST_CASE("every configuration that ships loads with and without a GPU, and the help names every key") {
+  const std::vector<std::filesystem::path> paths = expand_glob(KILN_SOURCE_DIR "/configs/*.yaml");
+  CHECK(paths.size() >= 10);
+  for (const std::filesystem::path& path : paths)
+    for (const Device automatic : kDevices) {
+      INFO(path.string() << ", " << name_of(automatic));
+      CHECK_NOTHROW(check_supported(load_config(path, {}), automatic));
+    }
   CHECK_THAT(config_help(), ContainsSubstring("optimizer.refresh") && ContainsSubstring("eval.tokens"));
 }
 

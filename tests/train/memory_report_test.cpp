@@ -355,6 +355,27 @@ TEST_CASE("A plan says without a GPU whether its kernels wait for the device", "
   CHECK(workspace(OptimizerKind::fira, ProjectorKind::svd) == galore);
   CHECK(workspace(OptimizerKind::fira_plus, ProjectorKind::svd) > galore);  // and what turns the moments
 }
+
+TEST_CASE("What ships for one GPU packs within it", "[memory_report]") {
+  const auto communicator = make_local_communicator();
+  const auto gpu = open_planning_device(Device::cuda);
+  struct Card {
+    const char* name;
+    std::uint64_t gib;  // of the card, less about 1 for the driver, the libraries and the graph; of 80 GiB 4
+  };
+  for (const Card& card : {Card{"llama_7b_20gib", 19}, Card{"llama_10b_24gib", 23}, Card{"llama_38b_80gib", 76}}) {
+    Config config = load_config(fmt::format("{}/configs/{}.yaml", KILN_SOURCE_DIR, card.name), {});
+    const MemoryChoice choice = configured_memory(config, 1, *gpu);
+    const PackedMemory packed = packed_memory(config, choice, *gpu, *communicator);
+    INFO(card.name << ": " << packed.total() << " bytes");
+    CHECK(choice.recompute == Recompute::block);
+    CHECK(packed.total() <= card.gib << 30);
+    CHECK(packed.weights >= 2 * static_cast<std::uint64_t>(model_config(config).parameter_count()));
+    // What the file says is what makes it fit.
+    config.precision.weights = WeightPrecision::fp32;
+    CHECK(packed_memory(config, choice, *gpu, *communicator).total() > card.gib << 30);
+  }
+}
 #endif
 
 TEST_CASE("Tied weights are counted once", "[memory_report]") {
