@@ -125,7 +125,8 @@ Pair add_norm_pair(std::int64_t n, std::int64_t width, std::int64_t inner) {
       });
 }
 
-TEST_CASE("a projection added to the residual stream and normalised, with one pass less over the activations", "[gpu]") {
+TEST_CASE("a projection added to the residual stream and normalised, with one pass less over the activations",
+          "[gpu]") {
   const auto gpu = cuda::make_backend(0);
   check_pair(add_norm_pair(1, 64, 64), *gpu);
   check_pair(add_norm_pair(300, 512, 1376), *gpu);

@@ -54,8 +54,7 @@ TEST_CASE("operands of a product that are not bf16 are refused, alone and fused,
       if (dtype == DType::bf16)
         CHECK_NOTHROW(check_kernels(plan, *gpu));
       else
-        CHECK_THROWS_WITH(check_kernels(plan, *gpu),
-                          ContainsSubstring("linear: operand f32 [128,128], expected bf16"));
+        CHECK_THROWS_WITH(check_kernels(plan, *gpu), ContainsSubstring("linear: operand f32 [128,128], expected bf16"));
     }
   };
   check_pair("", kWidth, [](Plan&, ValueId, const auto&) {});
