@@ -45,7 +45,8 @@ sys.exit(status)
 """
 
 MERGEKIT = """
-import sys, time
+import importlib.metadata, sys, time
+import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -54,7 +55,13 @@ config = MergeConfiguration.model_validate({"merge_method": "linear", "dtype": "
 options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, num_threads=int(sys.argv[2]))
 begin = time.perf_counter()
 run_merge(config, sys.argv[1], options)
-print("seconds", time.perf_counter() - begin)
+seconds = time.perf_counter() - begin
+print(importlib.metadata.version("mergekit"), torch.__version__.split("+")[0], seconds)
+"""
+
+NOTE = """\
+Merging is held against reading alone with nothing written and nothing hashed. Hashes of every input, and writing the output
+beside reading, come on top: the row of the merge as it is run has its share of reading alone too.
 """
 
 
@@ -211,7 +218,8 @@ def measure(arguments, work):
             clear(work / "mergekit")
             command = [arguments.mergekit, "-c", MERGEKIT, work / "mergekit", arguments.threads, *directories]
             output, _, one["mergekit peak"] = run(command, arguments.threads)
-            one["mergekit seconds"] = float(output.split()[-1])
+            *arguments.versions, seconds_taken = output.split()[-3:]
+            one["mergekit seconds"] = float(seconds_taken)
             one["ratio"] = one["mergekit seconds"] / seconds
             one["ratio apart"] = one["mergekit seconds"] / one["apart"]
         rounds.append(one)
@@ -241,12 +249,14 @@ def table(arguments, median):
         ("kiln: equal to the fp64 sum rounded once", "bit for bit" if median["exact"] else "NO"),
     ]
     if arguments.mergekit:
-        rows += [("mergekit linear, imports not counted", f"{median['mergekit seconds']:.2f} s"),
+        mergekit, torch = arguments.versions
+        rows += [(f"mergekit {mergekit} linear (PyTorch {torch}), imports not counted",
+                  f"{median['mergekit seconds']:.2f} s"),
                  ("mergekit: peak resident memory", f"{median['mergekit peak']:.0f} MiB"),
                  ("kiln is faster by", f"{median['ratio']:.1f} x"),
                  ("reading and writing one after the other would be faster by",
                   f"{median['ratio apart']:.1f} x")]  # fmt: skip
-    return "| what | figure |\n|-|-|\n" + "\n".join(f"| {what} | {figure} |" for what, figure in rows) + "\n"
+    return "| what | figure |\n|-|-|\n" + "\n".join(f"| {what} | {figure} |" for what, figure in rows) + "\n\n" + NOTE
 
 
 def processor():
