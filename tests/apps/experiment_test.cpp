@@ -8,7 +8,7 @@ namespace {
 
 const std::string kScript = "python3 " KILN_SOURCE_DIR "/scripts/experiments/merge_prediction.py --kiln KILN ";
 
-TEST_CASE("the experiment on merges trains, predicts, chooses (N, V) on one seed, and does nothing twice") {
+TEST_CASE("the experiment on merges trains, predicts, chooses (N, V) on one seed, and does nothing twice", "[long]") {
   const Workspace at;
   if (at("command -v python3").code != 0) {
     WARN("python3 is missing: scripts/experiments/merge_prediction.py was not run");
