@@ -140,26 +140,16 @@ class AddNormKernel final : public Kernel {
     order_ = context.turn();
   }
   void run(std::span<const KernelArgs> nodes) override {
-    const Tensor &x = nodes[0].in[0], &w = nodes[0].in[1], &residual = nodes[1].in[0], &sum = nodes[1].out[2];
-    const std::int64_t n = x.shape()[0], k = x.shape()[1], m = w.shape()[0];
-    context_.gemms->run({.trans_b = Trans::yes,
-                         .m = n,
-                         .n = m,
-                         .k = k,
-                         .a = x.data,
-                         .lda = k,
-                         .b = w.data,
-                         .ldb = k,
-                         .c = sum.data,
-                         .ldc = m,
-                         .add = residual.data},
-                        nodes[0].workspace.data);
+    const Tensor& sum = nodes[1].out[2];
+    Gemm gemm = projection(nodes[0].in[0], nodes[0].in[1], sum);
+    gemm.add = nodes[1].in[0].data;  // the residual
+    context_.gemms->run(gemm, nodes[0].workspace.data);
     norm_forward({.x = static_cast<const bf16*>(sum.data),
                   .w = static_cast<const bf16*>(nodes[1].in[1].data),
                   .y = static_cast<bf16*>(nodes[1].out[0].data),
                   .rstd = nodes[1].out[1].as<float>(),
-                  .rows = n,
-                  .width = narrow(m),
+                  .rows = sum.shape()[0],
+                  .width = narrow(sum.shape()[1]),
                   .eps = static_cast<float>(options_.eps),
                   .order = order_},
                  context_.stream);

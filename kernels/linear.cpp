@@ -10,19 +10,7 @@ std::size_t gemm_workspace(const Nodes&) { return GemmPlans::kWorkspaceBytes; }
 std::unique_ptr<Kernel> make_linear(const Nodes&, Context& context) {
   context.ascend();
   return simple_kernel([&context](const KernelArgs& args) {
-    const Tensor &x = args.in[0], &w = args.in[1];
-    const std::int64_t k = x.shape()[1], m = w.shape()[0];
-    context.gemms->run({.trans_b = Trans::yes,
-                        .m = x.shape()[0],
-                        .n = m,
-                        .k = k,
-                        .a = x.data,
-                        .lda = k,
-                        .b = w.data,
-                        .ldb = k,
-                        .c = args.out[0].data,
-                        .ldc = m},
-                       args.workspace.data);
+    context.gemms->run(projection(args.in[0], args.in[1], args.out[0]), args.workspace.data);
   });
 }
 
@@ -68,6 +56,20 @@ std::unique_ptr<Kernel> make_weight_gradient(const Nodes& nodes, Context& contex
 }
 
 }  // namespace
+
+Gemm projection(const Tensor& x, const Tensor& w, const Tensor& y) {
+  const std::int64_t k = x.shape()[1], m = w.shape()[0];
+  return {.trans_b = Trans::yes,
+          .m = x.shape()[0],
+          .n = m,
+          .k = k,
+          .a = x.data,
+          .lda = k,
+          .b = w.data,
+          .ldb = k,
+          .c = y.data,
+          .ldc = m};
+}
 
 void check_operands(const Nodes& nodes) {
   const std::vector<TensorSpec> in = nodes.inputs();
