@@ -165,16 +165,17 @@ struct Tile {
 
 // --- Fragments ------------------------------------------------------------------------------------------------------
 
+/// The lane's row of the 16x16 block of its warp at columns 16 step.., for load_matrix_x4 and store_matrix_x4.
+template <int kD>
+__device__ inline std::uint32_t fragment_address(const std::uint8_t* tile, int step) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
+  return shared_address(tile) + Tile<kD, kRows>::offset(warp * 16 + (lane & 15), step * 16 + (lane >> 4) * 8);
+}
+
 /// Register operand of wgmma: columns 16 step.. of the 64 rows of a tile.
 template <int kD>
 __device__ inline void load_fragment(std::uint32_t (&a)[4], const std::uint8_t* tile, int step) {
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
-  const std::uint32_t address =
-      shared_address(tile) + Tile<kD, kRows>::offset(warp * 16 + (lane & 15), step * 16 + (lane >> 4) * 8);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address)
-               : "memory");
+  load_matrix_x4(a, fragment_address<kD>(tile, step));
 }
 
 __device__ inline std::uint32_t pack_bf16(float low, float high) {
@@ -194,12 +195,7 @@ __device__ inline void pack_operand(std::uint32_t (&a)[kCount / 8][4], const flo
 /// The reverse of load_fragment. The copy engine and the tensor cores see it after fence_async_proxy and a barrier.
 template <int kD>
 __device__ inline void store_fragment(std::uint8_t* tile, const std::uint32_t (&a)[4], int step) {
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
-  const std::uint32_t address =
-      shared_address(tile) + Tile<kD, kRows>::offset(warp * 16 + (lane & 15), step * 16 + (lane >> 4) * 8);
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
-               "r"(a[2]), "r"(a[3])
-               : "memory");
+  store_matrix_x4(fragment_address<kD>(tile, step), a);
 }
 
 /// Writes an accumulator [64, kD], scaled, to the warpgroup's tile in bf16, ready for a tensor_store after a barrier.

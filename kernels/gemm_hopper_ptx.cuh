@@ -1,7 +1,7 @@
 #pragma once
 #include "kernels/hopper.cuh"
 
-/// What the GEMM of gemm_hopper.cuh needs beyond hopper.cuh: clusters, multicast, stmatrix and approximate
+/// What the GEMM of gemm_hopper.cuh needs beyond hopper.cuh: clusters, multicast and approximate
 /// arithmetic. One function is one PTX instruction unless its comment says more.
 namespace kiln::cuda::gemm {
 
@@ -53,23 +53,6 @@ __device__ __forceinline__ float select(bool condition, float a, float b) {
       : "=f"(v)
       : "r"(static_cast<int>(condition)), "f"(a), "f"(b));
   return v;
-}
-
-/// Four 8x8 bf16 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrix_x4(std::uint32_t address, const std::uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
-               "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
-__device__ __forceinline__ std::uint32_t load_shared(std::uint32_t address) {
-  std::uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_shared(std::uint32_t address, std::uint32_t v) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

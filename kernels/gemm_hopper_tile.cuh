@@ -114,13 +114,18 @@ struct Staging {
   }
 };
 
-/// Puts the 16x16 block of packed pairs at columns 16 column_block of a staging buffer; r holds
-/// the 8x8 quarters (top left, bottom left, top right, bottom right) as the accumulator layout of wgmma has them.
-__device__ __forceinline__ void stage_block(std::uint32_t buffer, int column_block, int lane,
-                                            const std::uint32_t (&r)[4]) {
+/// The lane's address of the 16x16 block at columns 16 column_block of a staging buffer, for load_matrix_x4 and
+/// store_matrix_x4: the 8x8 quarters (top left, bottom left, top right, bottom right) are then as the accumulator
+/// layout of wgmma has them.
+__device__ __forceinline__ std::uint32_t block_address(std::uint32_t buffer, int column_block, int lane) {
   const int row = lane % 16;
   const int chunk = (column_block * 2 + lane / 16) ^ (row & 7);
-  store_matrix_x4(buffer + row * 128 + chunk * 16, r);
+  return buffer + row * 128 + chunk * 16;
+}
+/// Puts a block of packed pairs there.
+__device__ __forceinline__ void stage_block(std::uint32_t buffer, int column_block, int lane,
+                                            const std::uint32_t (&r)[4]) {
+  store_matrix_x4(block_address(buffer, column_block, lane), r);
 }
 
 /// Rounds a tile of sums to bf16 and stores it with its first column at `column`.

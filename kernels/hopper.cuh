@@ -161,6 +161,22 @@ __device__ inline void store_wait_read() {
 /// Orders this thread's ordinary shared-memory writes before later reads by the copy engine and the tensor cores.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- Fragments ------------------------------------------------------------------------------------------------------
+
+/// Four 8x8 bf16 matrices, of which lane l holds two neighbours of row l / 4; lane l gives the address of row l % 8 of
+/// matrix l / 8.
+__device__ inline void load_matrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void store_matrix_x4(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // --- Registers ------------------------------------------------------------------------------------------------------
 
 template <int kRegisters>

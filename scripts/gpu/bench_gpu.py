@@ -152,13 +152,16 @@ class Bench:
             for way in ("forward", "backward"):
                 mine = r[f"{way}_tflops"]
                 row.append(f"{mine:.0f}")
-                for name in ("cudnn", "flash"):
+                for name in ("cudnn", "cudnn_packed", "flash"):
                     row.append(f"{other[name][f'{way}_tflops']:.0f}" if other else "-")
-                row.append(f"{mine / other['cudnn'][f'{way}_tflops']:.2f}" if other else "-")
+                for name in ("cudnn", "cudnn_packed"):
+                    row.append(f"{mine / other[name][f'{way}_tflops']:.2f}" if other else "-")
             rows.append(row)
         self.table("Attention, causal, TFLOP/s",
-                   ["T", "D", "heads", "sequences", "fwd kiln", "fwd cuDNN", "fwd flash", "fwd kiln/cuDNN", "bwd kiln",
-                    "bwd cuDNN", "bwd flash", "bwd kiln/cuDNN"], rows)  # fmt: skip
+                   ["T", "D", "heads", "sequences"]
+                   + [f"{way} {column}" for way in ("fwd", "bwd")
+                      for column in ("kiln", "cuDNN", "cuDNN packed", "flash", "kiln/cuDNN", "kiln/packed")],
+                   rows)  # fmt: skip
 
     def gemm(self):
         kiln = self.kiln("bench", "gemm", "--device", "cuda")

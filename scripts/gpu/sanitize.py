@@ -25,7 +25,11 @@ PLACE = re.compile(r"(?:Race reported between \w+ access at|=========     at) (?
 
 
 def names(tests, only):
-    listed = subprocess.run([tests, "--list-tests", "--verbosity", "quiet"], capture_output=True, text=True).stdout
+    for options in (["--list-test-names-only"], ["--list-tests", "--verbosity", "quiet"]):  # of Catch2 2, and of 3
+        done = subprocess.run([tests, *options], capture_output=True, text=True)
+        if "Unrecognised token" not in done.stdout + done.stderr:
+            break
+    listed = done.stdout
     found = [line.strip() for line in listed.splitlines() if line.strip() and only in line]
     if not found or listed.startswith("SKIPPED"):
         sys.exit(f"{tests}: no tests{' with ' + only if only else ''}; is there a GPU?\n{listed}")

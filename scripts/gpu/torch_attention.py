@@ -2,6 +2,9 @@
 """Causal attention through PyTorch's SDPA, cuDNN and flash, at the shapes of `kiln bench attention`. Prints one JSON
 object; FLOPs are those of the causal half, backward 2.5 times forward.
 
+cudnn and flash read each head's queries, keys and values from a block of their own, [sequences, heads, T, D];
+cudnn_packed reads them as a projection leaves them and as kiln does, [sequences, T, 3, heads, D].
+
 Usage: python scripts/gpu/torch_attention.py [--tokens 131072] [--repeats 20]
 """
 
@@ -13,7 +16,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WIDTH = 1024
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+WAYS = {"cudnn": (SDPBackend.CUDNN_ATTENTION, False), "cudnn_packed": (SDPBackend.CUDNN_ATTENTION, True),
+        "flash": (SDPBackend.FLASH_ATTENTION, False)}  # fmt: skip
 
 
 def median_ms(run, repeats):
@@ -30,11 +34,12 @@ def median_ms(run, repeats):
 
 def measure(tokens, seq, dim, repeats):
     heads, sequences = WIDTH // dim, max(1, tokens // seq // (2 if seq > 256 else 1))
-    q, k, v = (torch.randn(sequences, heads, seq, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-               for _ in range(3))  # fmt: skip
+    qkv = torch.randn(sequences, seq, 3, heads, dim, device="cuda", dtype=torch.bfloat16)
     flops = 2.0 * sequences * WIDTH * seq * seq
     row = {"seq_len": seq, "head_dim": dim, "heads": heads, "sequences": sequences}
-    for name, backend in BACKENDS.items():
+    for name, (backend, packed) in WAYS.items():
+        parts = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = ((part if packed else part.contiguous()).detach().requires_grad_() for part in parts)
         with sdpa_kernel(backend):
             forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
             out = forward()

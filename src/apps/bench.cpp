@@ -27,7 +27,7 @@ struct BenchArguments {
   int micro_batches = 1, steps = 5, repeats = 5, threads = 0;
   std::int64_t recompute_layers = 0;  // 0: all
   double clip_norm = 1.0;
-  bool json = false;
+  bool by_shape = false, json = false;
 };
 
 void set_threads(const BenchArguments& a) {
@@ -47,9 +47,10 @@ void print_step(const BenchArguments& a, const StepBench& b) {
     fmt::print("{:.1f} TFLOP/s, MFU {:.1f} % of the {} {:.0f}; {:.2f} GiB allocated\n\n",
                b.step_flops / b.step_seconds / 1e12, 100 * b.gemm_fraction(), b.gemm_library, b.gemm_flops_per_s / 1e12,
                static_cast<double>(b.device_bytes) / (1 << 30));
-  fmt::print("{:<28} {:>9} {:>7} {:>10} {:>9}\n", "op", "ms", "share", "GFLOP/s", "GB/s");
+  const int width = a.by_shape ? 54 : 28;
+  fmt::print("{:<{}} {:>9} {:>7} {:>10} {:>9}\n", "op", width, "ms", "share", "GFLOP/s", "GB/s");
   for (const OpTime& op : b.ops)
-    fmt::print("{:<28} {:>9.2f} {:>6.1f}% {:>10.1f} {:>9.1f}\n", op.op, op.seconds * 1e3,
+    fmt::print("{:<{}} {:>9.2f} {:>6.1f}% {:>10.1f} {:>9.1f}\n", op.op, width, op.seconds * 1e3,
                100 * op.seconds / b.step_seconds, op.flops / op.seconds / 1e9, op.bytes / op.seconds / 1e9);
 }
 
@@ -75,7 +76,8 @@ void run_step(const BenchArguments& a) {
                                       .recompute = parse_recompute(a),
                                       .masters = a.weights == "fp32",
                                       .gradients = config.precision.gradients,
-                                      .update_in_backward = config.memory.update == UpdatePlacement::in_backward});
+                                      .update_in_backward = config.memory.update == UpdatePlacement::in_backward,
+                                      .by_shape = a.by_shape});
   if (!a.json) return print_step(a, bench);
   Json json{{"preset", a.preset},
             {"sequences", a.sequences},
@@ -228,6 +230,7 @@ void add_bench_command(CLI::App& app) {
                    "the first so many; the others by the policy before; otherwise all")
       ->check(CLI::PositiveNumber);
   step->add_option("--clip-norm", a->clip_norm, "0: no clipping")->capture_default_str();
+  step->add_flag("--by-shape", a->by_shape, "a row of the table for every op and shape");
   step->add_option("--seq", a->seq_len)->capture_default_str();
   step->add_option("--steps", a->steps)->capture_default_str()->check(CLI::PositiveNumber);
   CLI::App* gemm = command->add_subcommand(

@@ -19,6 +19,8 @@ namespace {
 
 using Ids = std::vector<ValueId>;
 
+constexpr std::int64_t kSequence = 256;  // tokens of one, where a GEMM rotates queries and keys
+
 /// A plan, its memory on a device, and random numbers in what it reads.
 class Bench {
  public:
@@ -145,14 +147,14 @@ class LayerGemms {
     });
   }
   void qkv_rope(std::int64_t qkv) {
-    constexpr std::int64_t kTokens = 256;
-    const AttentionShape shape{.heads = c_.heads, .kv_heads = c_.kv_heads, .head_dim = c_.head_dim, .seq_len = kTokens};
+    const AttentionShape shape{
+        .heads = c_.heads, .kv_heads = c_.kv_heads, .head_dim = c_.head_dim, .seq_len = kSequence};
     measure("qkv + rope", tokens_, qkv, c_.hidden, [&](Bench& b) {
       const ValueId out =
           b.plan().add1(std::make_shared<Linear>(), {b.input({tokens_, c_.hidden}), b.input({qkv, c_.hidden})}, "qkv");
       b.plan().keep(out);
       b.add(std::make_shared<Rope>(shape, Rope::Direction::forward),
-            {out, b.input({{kTokens, c_.head_dim}, accumulator_of(b.dtype())}), b.input({{1}, DType::i32})});
+            {out, b.input({{kSequence, c_.head_dim}, accumulator_of(b.dtype())}), b.input({{1}, DType::i32})});
     });
   }
   void gate_up_swiglu() {
@@ -188,12 +190,6 @@ class LayerGemms {
   std::vector<ModelGemm> list_;
 };
 
-/// Micro-batches at which activations exceed a GPU's caches.
-std::int64_t usual_tokens(const LlamaConfig& c, const Backend& backend) {
-  if (backend.is_host()) return 2048;
-  return std::clamp<std::int64_t>((std::int64_t{1} << 26) / c.hidden, 16384, 131072);
-}
-
 AttentionRate attention_rate(Backend& backend, const AttentionShape& shape, std::int64_t sequences, int repeats) {
   const DType dtype = storage_layout(backend).dtype;
   const std::int64_t rows = sequences * shape.seq_len;
@@ -215,6 +211,10 @@ AttentionRate attention_rate(Backend& backend, const AttentionShape& shape, std:
 }
 
 }  // namespace
+
+std::int64_t gpu_bench_tokens(std::int64_t hidden) {
+  return std::clamp<std::int64_t>((std::int64_t{1} << 26) / hidden, 16384, 131072) / kSequence * kSequence;
+}
 
 double AttentionRate::forward_flops() const {
   const auto tokens = static_cast<double>(shape.seq_len);
@@ -258,8 +258,10 @@ ModelGemmBench bench_model_gemms(Backend& backend, const std::vector<std::string
     result.ceiling_flops_per_s = gemm.flops_per_s();
   }
   for (const std::string& preset : presets) {
-    const std::int64_t count = tokens > 0 ? tokens : usual_tokens(llama_preset(preset), backend);
-    check(count % 256 == 0, "--tokens: {}, expected a multiple of 256", count);
+    const std::int64_t count = tokens > 0          ? tokens
+                               : backend.is_host() ? 2048
+                                                   : gpu_bench_tokens(llama_preset(preset).hidden);
+    check(count % kSequence == 0, "--tokens: {}, expected a multiple of {}", count, kSequence);
     for (ModelGemm& gemm : LayerGemms(backend, preset, count, repeats).run()) result.gemms.push_back(std::move(gemm));
   }
   return result;

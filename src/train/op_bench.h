@@ -36,6 +36,10 @@ struct ModelGemmBench {
   double ceiling_flops_per_s = 0;  // one GEMM of 8192^3 (on the CPU 1024^3)
   std::vector<ModelGemm> gemms;
 };
+/// Tokens of a usual micro-batch on a GPU, of a model of this width: whole sequences of 256, whose activations exceed
+/// the caches.
+std::int64_t gpu_bench_tokens(std::int64_t hidden);
+
 /// Every GEMM of the presets' training step at `tokens` tokens; 0: those of a usual micro-batch of each preset.
 ModelGemmBench bench_model_gemms(Backend& backend, const std::vector<std::string>& presets, std::int64_t tokens,
                                  int repeats);

@@ -81,12 +81,21 @@ struct Bench {
   }
 };
 
+/// The node's op, with the shapes of its first two inputs where rows are told apart by them.
+std::string row_of(const Plan& plan, const Node& node, bool by_shape) {
+  std::string name(node.op->name());
+  if (!by_shape) return name;
+  const std::vector<TensorSpec> in = plan.input_specs(node);
+  for (std::size_t i = 0; i < std::min<std::size_t>(2, in.size()); ++i) name += " " + in[i].shape.str();
+  return name;
+}
+
 /// Nodes that ran in one launch are one row, under the first one's name.
-std::vector<OpTime> by_op(Bench& bench, int micro_batches, int steps) {
+std::vector<OpTime> by_op(Bench& bench, int micro_batches, int steps, bool by_shape) {
   std::map<std::string, OpTime> total;
   const std::vector<Node>& nodes = bench.train.plan.nodes();
   for (const NodeGroup group : bench.executor.packing().groups) {
-    const std::string name(nodes[group.first].op->name());
+    const std::string name = row_of(bench.train.plan, nodes[group.first], by_shape);
     const double runs = nodes[group.first].phase == Phase::micro ? micro_batches : 1;
     OpTime& op = total[name];
     op.op = name;
@@ -159,7 +168,7 @@ StepBench bench_step(const StepBenchOptions& o, Backend& backend) {
   result.gemm_library = ceiling.library;
   result.device_bytes = backend.allocated_bytes();
   result.loss = bench.loss();
-  if (o.by_op) result.ops = by_op(bench, o.micro_batches, profiled);
+  if (o.by_op) result.ops = by_op(bench, o.micro_batches, profiled, o.by_shape);
   return result;
 }
 

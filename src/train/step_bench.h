@@ -20,7 +20,8 @@ struct StepBenchOptions {
   bool masters = true;  // on a GPU: f32 masters, else bf16 with stochastic rounding
   GradientPrecision gradients = GradientPrecision::automatic;
   bool update_in_backward = false;
-  bool by_op = true;  // StepBench::ops, from further steps
+  bool by_op = true;      // StepBench::ops, from further steps
+  bool by_shape = false;  // with a row of them for every shape of the first two inputs
 };
 
 /// Seconds per step of one kind of node.
