@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "kernels/handles.h"
 #include "kernels/launch.cuh"
+#include "kernels/library_version.h"
 
 namespace kiln::cuda {
 namespace {
@@ -242,12 +243,11 @@ void GemmPlans::save(const std::filesystem::path& file) const {
 bool GemmPlans::changed() const { return impl_->changed; }
 
 std::string GemmPlans::library_version() {
-  const auto part = [](libraryPropertyType which) {
+  return cuda::library_version([](libraryPropertyType which) {
     int number = 0;
     check_lt(cublasLtGetProperty(which, &number), "cublasLtGetProperty");
     return number;
-  };
-  return fmt::format("{}.{}.{}", part(MAJOR_VERSION), part(MINOR_VERSION), part(PATCH_LEVEL));
+  });
 }
 
 }  // namespace kiln::cuda

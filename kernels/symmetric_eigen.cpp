@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "kernels/library_version.h"
 
 namespace kiln::cuda {
 namespace {
@@ -80,12 +81,11 @@ void SymmetricEigen::solve(std::int64_t n, double* matrix, double* values, int* 
 }
 
 std::string SymmetricEigen::library_version() {
-  const auto part = [](libraryPropertyType which) {
+  return cuda::library_version([](libraryPropertyType which) {
     int number = 0;
     check_solver(cusolverGetProperty(which, &number), "cusolverGetProperty");
     return number;
-  };
-  return fmt::format("{}.{}.{}", part(MAJOR_VERSION), part(MINOR_VERSION), part(PATCH_LEVEL));
+  });
 }
 
 }  // namespace kiln::cuda

@@ -12,7 +12,7 @@ Usage: python scripts/gpu/bench_gpu.py --kiln build/cuda/kiln [--sections step60
 
 Rows of the step sections run kiln and the peer one after the other. Neither clips gradients. The peer is all bf16;
 kiln keeps fp32 masters and states, and with --as-peer is timed once more after the peer with bf16 weights and states,
-with --within 0.6 in the fastest way to recompute within 60 % of the peer's bytes (both: with those weights and states).
+with --within 0.6 with as few layers recomputed as keep 60 % of the peer's bytes (both: with those weights and states).
 `curve` needs token shards of a vocabulary of at most 32000; `generate` needs
 curve's checkpoint in --work, and a tokenizer (--tokenizer FILE).
 """

@@ -55,6 +55,8 @@ void print_step(const BenchArguments& a, const StepBench& b) {
 }
 
 Recomputation parse_recompute(const BenchArguments& a) {
+  check(a.recompute_layers == 0 || a.recompute != to_string(Recompute::none),
+        "--recompute-layers {}: set --recompute to norms or block, or leave the number out", a.recompute_layers);
   for (const Recompute recompute : kRecomputes)
     if (to_string(recompute) == a.recompute)
       return {recompute, a.recompute_layers > 0 ? a.recompute_layers : Recomputation::kAll};

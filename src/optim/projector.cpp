@@ -19,7 +19,6 @@ template <typename T>
 using RowMatrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr std::int64_t kOversampling = 8;
-constexpr int kPowerPasses = 3;
 
 /// x <- G (G' x) on the shorter side: x [short, columns], inner [long, columns].
 template <typename T>
@@ -49,16 +48,16 @@ void apply_gram(const Tensor& g, std::int64_t columns, T* x, T* inner) {
            .ldc = columns});
 }
 
-/// kPowerPasses times x <- orth(G (G' x)) on the shorter side; x [short, columns]. The workspace holds what
+/// `passes` times x <- orth(G (G' x)) on the shorter side; x [short, columns]. The workspace holds what
 /// power_workspace_bytes counts.
 template <typename T>
-void power_passes(const Tensor& g, std::int64_t columns, T* x, void* workspace) {
+void power_passes(const Tensor& g, std::int64_t columns, int passes, T* x, void* workspace) {
   const bool right = projection_side(g.shape()) == ProjectionSide::right;
   const std::int64_t m = g.shape()[0], n = g.shape()[1], side = right ? n : m;
   auto* wide = static_cast<double*>(workspace);
   double* factor = wide + side * columns;
   T* inner = reinterpret_cast<T*>(factor + orthonormal_workspace(columns));
-  for (int pass = 0; pass < kPowerPasses; ++pass) {
+  for (int pass = 0; pass < passes; ++pass) {
     apply_gram(g, columns, x, inner);
     std::copy(x, x + side * columns, wide);
     orthonormalise(side, columns, wide, factor);
@@ -81,7 +80,7 @@ RowMatrix<T> cold_basis(const Tensor& g, std::int64_t side, std::int64_t rank, c
   for (Eigen::Index i = 0; i < x.size(); ++i)
     x.data()[i] = static_cast<T>(random.normal(static_cast<std::uint64_t>(i)));
   const Buffer workspace(power_workspace_bytes<T>(g.shape(), width), "the projector's cold start");
-  power_passes<T>(g, width, x.data(), workspace.data());
+  power_passes<T>(g, width, options.passes, x.data(), workspace.data());
   // Rayleigh-Ritz: the best `rank` directions within the range found.
   RowMatrix<T> y = x;
   apply_gram<T>(g, width, y.data(), reinterpret_cast<T*>(workspace.data()));
@@ -144,7 +143,7 @@ bool refresh_projector(const Tensor& g, const Tensor& q, const RefreshOptions& o
     else if (options.cold)
       basis = cold_basis<T>(g, side, rank, options);
     else
-      power_passes<T>(g, rank, q.as<T>(), workspace);
+      power_passes<T>(g, rank, options.passes, q.as<T>(), workspace);
     return true;
   });
 }

@@ -33,6 +33,7 @@ struct RefreshOptions {
   ProjectorKind kind = ProjectorKind::power;
   std::uint64_t seed = 1, stream = 0;  // of the cold start
   bool cold = false;                   // no basis yet
+  int passes = 3;                      // of power
 };
 
 /// Replaces the orthonormal basis `q` [min(m,n), r] by one of the dominant subspace of `g`; both f32 or f64.
@@ -40,8 +41,7 @@ struct RefreshOptions {
 /// svd    the top r singular vectors, through the eigenvectors of the f64 Gram matrix of the shorter side; each
 ///        vector's component of largest magnitude is positive, so that moments kept across a refresh have a defined
 ///        sign
-/// power  three passes of Q <- orth(G (G' Q)), warm-started from the old basis and kept aligned with it
-/// (orthonormal.h);
+/// power  `passes` times Q <- orth(G (G' Q)), warm-started from the old basis and kept aligned with it (orthonormal.h);
 ///        from cold, a randomised range finder with oversampling (Halko, Martinsson & Tropp 2011) and a Rayleigh-Ritz
 ///        rotation
 /// A gradient that is not finite leaves `q` as it was, and returns false. A warm power refresh allocates nothing: its
